@@ -1,0 +1,205 @@
+"""The command line: run, add, report, merge, ls, env, validate.
+
+Exit codes: 0 done, 2 bad input (one sentence), 130 interrupted with the state saved, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError, Interrupted
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-continual", description="Learn one task after another without forgetting.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    run = commands.add_parser(
+        "run", help="start or continue a recipe or a run directory",
+        epilog="Any key of the recipe can follow as --section.key value, e.g. --training.learning_rate 1e-4 "
+               "--methods '[{name: migu, threshold: 0.5}]' --run_dir DIR.",
+    )  # fmt: skip
+    run.add_argument("recipe", help="YAML file, the name of a recipe of the package, or a run directory to continue")
+    run.add_argument("--dry_run", action="store_true", help="resolve and check everything, train nothing")
+    run.add_argument("--only", default=None, help="comma-separated variants to run")
+
+    add = commands.add_parser("add", help="append a task to a run's queue and learn it")
+    add.add_argument("run", help="run directory")
+    add.add_argument("task", help="YAML file with one task: name, path, ...")
+    add.add_argument("--no_run", action="store_true", help="append only")
+
+    report = commands.add_parser("report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs")
+    report.add_argument("run", help="run directory, or a folder of them")
+    report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
+
+    merge = commands.add_parser("merge", help="write the learnt model with its adapters merged, for plain transformers")
+    merge.add_argument("run", help="run directory")
+    merge.add_argument("-o", "--out", required=True, help="folder to write")
+    merge.add_argument("--task", default=None, help="as it was after this task; default: the last learnt")
+
+    ls = commands.add_parser("ls", help="list what the package brings")
+    ls.add_argument("what", choices=("methods", "streams", "recipes"))
+
+    commands.add_parser("env", help="versions and hardware, for bug reports")
+
+    validate = commands.add_parser("validate", help="check that a method keeps the contract")
+    validate.add_argument("method", help="name, or package.module:Class")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    args, rest = make_parser().parse_known_args(argv)
+    try:
+        if rest and args.command != "run":
+            raise InputError(f"command line: {args.command} has no option {rest[0]}; see hf-continual {args.command} --help")
+        return COMMANDS[args.command](args, rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted: {error}; run the same command again to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from . import recipes
+    from .models import quiet
+
+    quiet()
+    overrides = recipes.parse_overrides(rest)
+    if Path(args.recipe).is_dir():
+        if overrides:
+            raise InputError(f"command line: the run directory {args.recipe} is continued as it is; change a recipe instead")
+        run = recipes.open_run(args.recipe)
+        runs, root = [run], run.run_dir
+    else:
+        path = recipes.find_recipe(args.recipe)
+        recipe = recipes.load_recipe(path)
+        runs = recipes.expand(recipe, path.parent.resolve(), overrides)
+        if args.only:
+            wanted = args.only.split(",")
+            for name in wanted:
+                if name not in {str(r.variant) for r in runs}:
+                    raise InputError(f"--only {name}: the recipe has no such variant; it has {', '.join(sorted({str(r.variant) for r in runs}))}")
+            runs = [r for r in runs if str(r.variant) in wanted]
+        shared = {r.run_dir for r in runs}
+        root = runs[0].run_dir if len(runs) == 1 else Path(os.path.commonpath([str(d) for d in shared]))
+    if args.dry_run:
+        for run in runs:
+            queue = run.queue()
+            queue.check()
+            methods = "+".join(m["name"] for m in run.recipe["methods"]) or "naive"
+            rows = ", ".join(f"{t.name} ({len(t.train_dataset)} train, {len(t.eval_dataset)} eval)" for t in queue.stream)
+            print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
+        print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")
+        return 0
+    for number, run in enumerate(runs, 1):
+        if len(runs) > 1:
+            print(f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}", flush=True)
+        run.queue().run()
+    _print_report(root)
+    return 0
+
+
+def _print_report(path: Path, out: str | None = None) -> None:
+    from .report import print_report
+
+    print()
+    print_report(path, Path(out) if out else None)
+
+
+def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from . import recipes
+    from .models import quiet
+
+    quiet()
+    path = Path(args.task)
+    if not path.is_file():
+        raise InputError(f"task {args.task}: there is no such file; write a YAML file with name and path")
+    spec = recipes.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    queue = recipes.add_task(args.run, recipes.with_absolute_paths(spec, path.parent.resolve()))
+    print(f"added task '{queue.stream[-1].name}' to {args.run}")
+    if not args.no_run:
+        queue.run()
+        _print_report(Path(args.run))
+    return 0
+
+
+def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    _print_report(Path(args.run), args.out)
+    return 0
+
+
+def _merge(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from . import recipes
+    from .merging import write_merged
+    from .models import quiet
+
+    quiet()
+    run = recipes.open_run(args.run)
+    task = write_merged(run.queue(), Path(args.out), args.task)
+    print(f"wrote the model after task '{task}' to {args.out}")
+    return 0
+
+
+def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.what == "methods":
+        from .methods.base import method_class, method_names
+
+        for name in method_names():
+            cls = method_class(name)
+            summary = (cls.__doc__ or "").strip().splitlines()[0]
+            print(f"{name:10} {cls.paper:18} {summary}")
+    elif args.what == "streams":
+        from .streams import describe_stream, stream_names
+
+        for name in stream_names():
+            about = describe_stream(name)
+            print(f"{name:17} {len(about['tasks']):2} tasks: {' '.join(about['tasks'])}")
+    else:
+        from .recipes import load_recipe, recipe_files
+
+        for name, path in recipe_files().items():
+            recipe = load_recipe(path)
+            print(f"{name:32} {', '.join(recipe.get('variants') or {}) or 'one run'}")
+    return 0
+
+
+def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    import platform
+
+    import torch
+
+    from .task_queue import versions
+
+    for name, version in versions().items():
+        print(f"{name}: {version}")
+    print(f"platform: {platform.platform()}\ncpus: {os.cpu_count()} (torch threads: {torch.get_num_threads()})")
+    for i in range(torch.cuda.device_count()):
+        print(f"gpu {i}: {torch.cuda.get_device_name(i)}")
+    if not torch.cuda.is_available():
+        print("gpu: none")
+    return 0
+
+
+def _validate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .testing import check_method
+
+    results = check_method(args.method, report=lambda line: print(line, flush=True))
+    failed = [result for result in results if not result.passed]
+    print(f"{args.method}: {len(results) - len(failed)} checks passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+COMMANDS = {"run": _run, "add": _add, "report": _report, "merge": _merge, "ls": _ls, "env": _env, "validate": _validate}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Ranks, shards and the gradient seam: the only file that knows what runs the processes.
+
+**The seam** is the one moment at which methods read and edit gradients: after accumulation and reduction, before
+clipping and the optimizer step. On one process and under DDP that is the end of `Trainer.training_step` on the last
+micro-batch. `Trainer.on_pre_optimizer_step` is the wrong place: it runs after clipping everywhere, and after the update
+under DeepSpeed. A backend whose engine steps inside `backward` attaches its own trigger in `GradientSeam.attach`;
+methods only ever see the `GradView` they are handed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .errors import InputError
+
+SUPPORTED_BACKENDS = frozenset({"single", "ddp"})
+
+
+def detect_backend(accelerator: Accelerator | None) -> str:
+    """`single`, `ddp`, `fsdp1`, `fsdp2` or `deepspeed`."""
+    if accelerator is None or accelerator.distributed_type == DistributedType.NO:
+        return "single"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "deepspeed"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
+    return "ddp"
+
+
+class Distributed:
+    """What a method may ask about processes.
+
+    Args:
+        accelerator (`accelerate.Accelerator`, *optional*): the Trainer's; without one this is a single process.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator
+        self.backend = detect_backend(accelerator)
+        self.world_size = accelerator.num_processes if accelerator is not None else 1
+        self.rank = accelerator.process_index if accelerator is not None else 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over ranks in place: one collective, nothing on a single process. Returns `tensor`."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def grad_scale(self) -> float:
+        """The fp16 loss scale still in the gradients at the seam; 1.0 without one."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+
+class GradView:
+    """The gradients of the trainable parameters at the seam, by their name in the unwrapped model."""
+
+    def __init__(self, model: nn.Module, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._frozen_rows: list[tuple[Tensor, Tensor]] = []
+
+    def names(self) -> Iterable[str]:
+        return self._parameters.keys()
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def read(self, name: str) -> Tensor | None:
+        """The accumulated, reduced, unclipped gradient without the fp16 loss scale, or None. Do not write to it."""
+        grad = self._parameters[name].grad
+        scale = self.distributed.grad_scale()
+        return grad if grad is None or scale == 1.0 else grad / scale
+
+    def mul_(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply gradients in place by broadcastable factors, such as a row mask of shape [d_out, 1]."""
+        pairs = [(p.grad, factors[name]) for name, p in self._parameters.items() if name in factors and p.grad is not None]
+        if pairs:
+            torch._foreach_mul_([grad for grad, _ in pairs], [factor for _, factor in pairs])
+
+    def set_(self, name: str, gradient: Tensor) -> None:
+        """Replace a gradient, given without the fp16 loss scale."""
+        parameter = self._parameters[name]
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(gradient * self.distributed.grad_scale())
+
+    def freeze_(self, keep: Mapping[str, Tensor]) -> None:
+        """Undo this step's movement, momentum and decay wherever `keep` (broadcastable, 0 = frozen) is zero."""
+        self._frozen_rows += [(self._parameters[name], mask) for name, mask in keep.items()]
+
+
+class GradientSeam:
+    """Calls `hook(grads)` once per optimizer step, at the seam. Attach when the optimizer exists, detach after."""
+
+    def __init__(self, model: nn.Module, distributed: Distributed, hook: Callable[[GradView], None]) -> None:
+        self.grads = GradView(model, distributed)
+        self._hook = hook
+        self._handles: list[Any] = []
+        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def attach(self, optimizer: Any) -> None:
+        while hasattr(optimizer, "optimizer"):  # accelerate wraps the torch optimizer
+            optimizer = optimizer.optimizer
+        self._optimizer = optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def after_backward(self, last_micro_batch: bool) -> None:
+        """The Trainer calls this at the end of every `training_step`."""
+        if last_micro_batch:
+            self._hook(self.grads)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, keep in self.grads._frozen_rows:
+            state = optimizer.state.get(parameter, {})
+            tensors = [v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape]
+            # A first step creates the moments; zeros are what the frozen rows must have after it.
+            self._snapshot.append((parameter, keep, parameter.detach().clone()))
+            self._snapshot += [(tensor, keep, tensor.clone()) for tensor in tensors]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for tensor, keep, before in self._snapshot:
+                tensor.copy_(torch.where(keep.bool(), tensor, before))
+        self._snapshot = []
+        self.grads._frozen_rows = []
+
+
+class MicroBatchMasks:
+    """Multiplies each micro-batch's gradient, before accumulation and reduction, by the factors of that micro-batch.
+
+    The factors must be the same on every rank, because they act before the reduction.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        parameters = dict(model.named_parameters())
+        self.factors: dict[str, Tensor] = {}
+        self._handles = [parameters[name].register_hook(self._hook(name)) for name in names]
+
+    def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
+        def multiply(gradient: Tensor) -> Tensor:
+            factor = self.factors.get(name)
+            return gradient if factor is None else gradient * factor.to(gradient.dtype)
+
+        return multiply
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def check_backend(backend: str, supports: frozenset[str], method: str) -> None:
+    """Refuse, before training, a backend on which a method would compute something else."""
+    if backend not in supports & SUPPORTED_BACKENDS:
+        usable = ", ".join(sorted(supports & SUPPORTED_BACKENDS))
+        raise InputError(
+            f"method '{method}' does not support the '{backend}' backend in this version; run it on one of: {usable}"
+        )

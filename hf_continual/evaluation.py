@@ -1,0 +1,265 @@
+"""Scoring a task: greedy generation or label likelihood, in length-sorted batches, with the raw predictions kept."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from .errors import InputError, did_you_mean
+from .models import is_seq2seq
+from .tasks import Task
+from .tokenization import encode_completion, encode_prompt
+
+
+@dataclass
+class EvaluationConfig:
+    """The recipe's `evaluation:` section."""
+
+    scorer: str = field(default="exact_match", metadata={"help": "exact_match, rouge_l or label_likelihood, unless a task names its own."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."})
+    max_new_tokens: int = field(default=50, metadata={"help": "Longest answer that is generated (MIGU: 50)."})
+    unseen: bool = field(default=False, metadata={"help": "Also score tasks not learnt yet, for forward transfer."})
+    base_model: bool = field(default=False, metadata={"help": "Also score the model before any task, the baseline of forward transfer."})
+
+    def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise InputError(f"evaluation.scorer={self.scorer!r} is unknown{did_you_mean(self.scorer, SCORERS)}")
+        for option in ("batch_size", "max_new_tokens"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"evaluation.{option}={value!r} must be a whole number above 0")
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, ASCII punctuation deleted, white space collapsed; articles stay (MIGU, compute_metrics.py)."""
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the normalised prediction equals a normalised reference, else 0.0."""
+    return float(any(normalize_answer(prediction) == normalize_answer(r) for r in references))
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """F-measure of ROUGE-L with stemming, the best over references (as in Super-NaturalInstructions)."""
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise InputError("scorer 'rouge_l' needs the package rouge-score; run `pip install 'hf-continual[eval]'`") from error
+    scorer = _rouge.setdefault("rougeL", rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True))
+    return max(float(scorer.score(r, prediction)["rougeL"].fmeasure) for r in references)
+
+
+_rouge: dict[str, Any] = {}
+SCORERS = ("exact_match", "rouge_l", "label_likelihood")
+TEXT_SCORERS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact_match": exact_match, "rouge_l": rouge_l}
+
+
+@dataclass
+class Cell:
+    """One evaluated cell R[i, j]: the score and everything needed to compute another one later."""
+
+    metric: str
+    score: float
+    n: int
+    others: dict[str, float]
+    settings: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def evaluate_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: EvaluationConfig,
+    *,
+    max_prompt_length: int,
+    description: str = "",
+    autocast_dtype: torch.dtype | None = None,
+) -> Cell:
+    """Score `model` on `task.eval_dataset` (columns `prompt`, `references`).
+
+    Raises:
+        InputError: if the task has no evaluation data, or no labels where the scorer needs them.
+    """
+    scorer = task.scorer or config.scorer
+    if scorer not in SCORERS:
+        raise InputError(f"task '{task.name}': scorer={scorer!r} is unknown{did_you_mean(scorer, SCORERS)}")
+    rows = list(task.eval_dataset)
+    encoded = [encode_prompt(row["prompt"], tokenizer, max_prompt_length, is_seq2seq(model)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]), i))
+    device = next(model.parameters()).device
+    bar = tqdm(total=len(rows), desc=description or f"evaluating {task.name}", leave=False, unit="row")
+    autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    with bar, evaluating(model), torch.no_grad(), autocast:
+        if scorer == "label_likelihood":
+            predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar)
+        else:
+            predictions = _by_generation(model, tokenizer, config, rows, encoded, order, bar)
+    settings: dict[str, Any] = {"scorer": scorer, "max_prompt_length": max_prompt_length, "batch_size": config.batch_size}
+    if scorer == "label_likelihood":
+        settings["labels"] = list(task.labels or ())
+    else:
+        settings |= {"max_new_tokens": config.max_new_tokens, "do_sample": False, "num_beams": 1}
+    return make_cell(scorer, predictions, settings)
+
+
+def make_cell(scorer: str, predictions: list[dict[str, Any]], settings: dict[str, Any]) -> Cell:
+    """Score kept predictions; works without the model. Likelihood predictions are labels, compared exactly."""
+    metric = "accuracy" if scorer == "label_likelihood" else scorer
+    score_one = TEXT_SCORERS.get(scorer, lambda prediction, references: float(prediction in references))
+    if not predictions:
+        raise InputError("there are no predictions to score; give the task evaluation rows")
+    scores = [score_one(p["prediction"], p["references"]) for p in predictions]
+    others = {}
+    if scorer == "rouge_l":
+        others["exact_match"] = _mean([exact_match(p["prediction"], p["references"]) for p in predictions])
+    return Cell(metric, _mean(scores), len(scores), others, settings, predictions)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with the key-value cache on, and back."""
+    training = model.training
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    checkpointing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    model.eval()
+    if use_cache is not None:
+        config.use_cache = True  # type: ignore[union-attr]
+    for module in checkpointing:  # it switches the cache off
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.train(training)
+        if use_cache is not None:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(s) for s in sequences)
+    ids, mask = [], []
+    for sequence in sequences:
+        fill = width - len(sequence)
+        padding, real = [pad] * fill, list(sequence)
+        ids.append(padding + real if left else real + padding)
+        mask.append([0] * fill + [1] * len(real) if left else [1] * len(real) + [0] * fill)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _by_generation(
+    model: Any, tokenizer: Any, config: EvaluationConfig, rows: list[Any], encoded: list[list[int]], order: list[int], bar: Any
+) -> list[dict[str, Any]]:
+    seq2seq = is_seq2seq(model)
+    device = next(model.parameters()).device
+    eos = model.generation_config.eos_token_id
+    eos = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
+    generation = GenerationConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos, use_cache=True,
+        decoder_start_token_id=model.generation_config.decoder_start_token_id if seq2seq else None,
+    )  # fmt: skip
+    answers: list[str] = [""] * len(rows)
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+        if not seq2seq:
+            output = output[:, ids.shape[1] :]
+        for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+        bar.update(len(batch))
+    return [
+        {"index": i, "prediction": answers[i], "references": list(row["references"])} for i, row in enumerate(rows)
+    ]
+
+
+def _by_likelihood(
+    model: Any, tokenizer: Any, task: Task, config: EvaluationConfig, rows: list[Any], encoded: list[list[int]],
+    order: list[int], bar: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """argmax over labels of log p(label, end | prompt), with each prompt encoded once and shared by its labels."""
+    labels = list(task.labels or ())
+    if len(labels) < 2:
+        raise InputError(f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task")
+    seq2seq = is_seq2seq(model)
+    device = next(model.parameters()).device
+    scores: list[list[float]] = [[] for _ in rows]
+    size = max(1, config.batch_size // len(labels))
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
+        answers = [
+            encode_completion(label, rows[i]["prompt"], tokenizer, 10_000, seq2seq) for i in batch for label in labels
+        ]
+        target, target_mask = _left_pad(answers, tokenizer.pad_token_id, device, left=False)
+        n = len(labels)
+        many_mask = mask.repeat_interleave(n, 0)
+        if seq2seq:
+            encoder = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state.repeat_interleave(n, 0)
+            decoder_ids = _shift_right(model, target)
+            logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=encoder), attention_mask=many_mask,
+                           decoder_input_ids=decoder_ids).logits  # fmt: skip
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+            cache = first.past_key_values
+            if not isinstance(cache, DynamicCache):
+                raise InputError("scorer 'label_likelihood' needs a model with a key-value cache; use exact_match")
+            cache.batch_repeat_interleave(n)
+            steps = torch.arange(target.shape[1] - 1, device=device)
+            logits = first.logits[:, -1:].repeat_interleave(n, 0)
+            if target.shape[1] > 1:
+                rest = model(
+                    input_ids=target[:, :-1], attention_mask=torch.cat([many_mask, target_mask[:, :-1]], 1),
+                    position_ids=positions[:, -1:].repeat_interleave(n, 0) + 1 + steps, past_key_values=cache,
+                ).logits  # fmt: skip
+                logits = torch.cat([logits, rest], 1)
+        token_scores = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        totals = (token_scores * target_mask).sum(-1).view(len(batch), n)
+        for i, row_scores in zip(batch, totals.tolist(), strict=True):
+            scores[i] = row_scores
+        bar.update(len(batch))
+    return [
+        {
+            "index": i,
+            "prediction": labels[max(range(len(labels)), key=lambda k, s=scores[i]: s[k])],  # type: ignore[misc]
+            "references": list(row["references"]),
+            "log_likelihood": [round(s, 6) for s in scores[i]],
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _shift_right(model: Any, target: Tensor) -> Tensor:
+    start = model.config.decoder_start_token_id
+    return torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], 1)
+
+
+def check_task(task: Task, config: EvaluationConfig) -> None:
+    """Refuse, before training, a task that could not be scored."""
+    scorer = task.scorer or config.scorer
+    if scorer not in SCORERS:
+        raise InputError(f"task '{task.name}': scorer={scorer!r} is unknown{did_you_mean(scorer, SCORERS)}")
+    if task.eval_dataset is None or len(task.eval_dataset) == 0:
+        raise InputError(f"task '{task.name}' has no evaluation rows; give it an eval split, or eval_fraction")
+    if scorer == "label_likelihood" and len(task.labels or ()) < 2:
+        raise InputError(f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task")
+    if scorer == "rouge_l":
+        rouge_l("a", ["a"])

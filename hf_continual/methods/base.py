@@ -1,0 +1,414 @@
+"""What a method is: one small object with optional hooks that sees a context and never the Trainer.
+
+The order of one optimizer step (all phases are global; within a phase, list order):
+
+    for each micro-batch:
+        own columns popped -> forward_context opens -> forward, task loss -> closes
+        loss += like_task_loss(extra_loss)  -> backward
+    seam: every on_gradients (read), then every edit_gradients (write)  -> clip -> optimizer step -> on_step_end
+
+and of one task:
+
+    on_task_begin -> train_dataset -> task_context around the training -> merge -> on_task_end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerState
+
+from ..distributed import Distributed, GradView, check_backend
+from ..errors import InputError, did_you_mean
+from ..lora import LoraView, trainable_state
+from ..tasks import Task
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """Everything a method may see.
+
+    Attributes:
+        model: the unwrapped model.
+        task: the task being learnt; `task.index` counts from 0, `task.is_first`.
+        dist: ranks and collectives.
+        lora: the adapters of `model`.
+        state: the Trainer's own state, read only.
+        seed: the seed of this task's training.
+        log: `log(name, scalar tensor)` adds a value to the next training log, averaged since the last one.
+    """
+
+    model: nn.Module
+    task: Task
+    dist: Distributed
+    lora: LoraView
+    state: TrainerState
+    seed: int
+    log: Callable[[str, Tensor], None]
+
+
+@dataclass
+class EmptyConfig:
+    """A method without options."""
+
+
+class ContinualMethod(Generic[ConfigT]):
+    """Base class of all methods. Override only the hooks you need; call no `super()`.
+
+    Attributes that end in `_` (tensors, dicts of tensors, `datasets.Dataset`, JSON values) are the method's state: they
+    are saved with every checkpoint and every task. Names that begin with `_` are scratch. `__init__` stores the config.
+    """
+
+    name: ClassVar[str] = ""
+    """The one word for this method in recipes, logs and files; default: the class name in lower case."""
+    config_class: ClassVar[type] = EmptyConfig
+    paper: ClassVar[str] = ""
+    """Where the method comes from, such as `arxiv:2406.17245`."""
+    batch_columns: ClassVar[tuple[str, ...]] = ()
+    """Dataset columns that this method adds and reads; they reach `extra_loss` and never the model."""
+    supports: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
+    """Backends on which the method computes the same as on one process; tests prove each claim."""
+    owns: ClassVar[frozenset[str]] = frozenset()
+    """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
+    needs_lora: ClassVar[bool] = False
+    neutral: ClassVar[dict[str, Any] | None] = None
+    """Options under which training must equal a plain Trainer bit for bit; `check_method` tries them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+        for attribute, value in list(cls.__dict__.items()):
+            if attribute.startswith("_") or attribute in HOOKS or not callable(value) or hasattr(ContinualMethod, attribute):
+                continue
+            if attribute.startswith(("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_")):
+                raise TypeError(f"{cls.__name__}.{attribute} is not a hook{did_you_mean(attribute, HOOKS)}")
+
+    def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise InputError(f"{type(self).__name__}: give a config or options, not both")
+        self.config: ConfigT = config if config is not None else make_config(self.config_class, self.name, options)
+        self.tasks_done_ = 0
+
+    # -- hooks, in the order in which they run -----------------------------------------------------------------------
+
+    def on_task_begin(self, ctx: MethodContext) -> None:
+        """Before the optimizer exists: add an adapter, bind a teacher, reset counters."""
+
+    def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
+        """Return the dataset to train on; replay mixes here."""
+        return dataset
+
+    def task_context(self, ctx: MethodContext) -> AbstractContextManager[Any]:
+        """Open around the whole training of a task; taps are placed here and always removed."""
+        return nullcontext()
+
+    def forward_context(self, ctx: MethodContext, batch: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Open around the forward and the task loss of one micro-batch, and closed before its backward."""
+        return nullcontext()
+
+    def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        """Named scalar losses added to the task loss, such as `{"olora/orthogonal": tensor}`."""
+        return {}
+
+    def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        """READ the gradients, once per optimizer step, before any edit."""
+
+    def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        """WRITE the gradients, in list order, before clipping."""
+
+    def on_step_end(self, ctx: MethodContext) -> None:
+        """The weights have moved."""
+
+    def merge(
+        self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Combine the trainable weights from before and after the task (by name, on the CPU)."""
+        return current
+
+    def on_task_end(self, ctx: MethodContext) -> None:
+        """After the merge: fill the buffer, compute the Fisher information, keep the teacher."""
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def roles(cls) -> frozenset[str]:
+        """`owns`, plus `merge` where that hook is overridden."""
+        return cls.owns | ({"merge"} if cls.merge is not ContinualMethod.merge else set())
+
+    def options(self) -> dict[str, Any]:
+        """The configuration as plain values."""
+        config: Any = self.config
+        return dataclasses.asdict(config)
+
+    def save(self, folder: Path) -> None:
+        """Write the state to `folder/<name>.json`, `.safetensors` and, for datasets, `folder/<name>-<attribute>/`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for attribute, value in sorted(vars(self).items()):
+            if not attribute.endswith("_") or attribute.startswith("_"):
+                continue
+            if torch.is_tensor(value):
+                tensors[attribute] = value.detach().cpu().contiguous()
+                values[attribute] = {"kind": "tensor"}
+            elif isinstance(value, dict) and value and all(torch.is_tensor(v) for v in value.values()):
+                tensors |= {f"{attribute}/{key}": v.detach().cpu().contiguous() for key, v in value.items()}
+                values[attribute] = {"kind": "tensors", "keys": list(value)}
+            elif isinstance(value, datasets.Dataset):
+                value.save_to_disk(str(folder / f"{self.name}-{attribute}"))
+                values[attribute] = {"kind": "dataset"}
+            else:
+                values[attribute] = {"kind": "value", "value": value}
+        if tensors:
+            save_file(tensors, str(folder / f"{self.name}.safetensors"))
+        record = {"method": self.name, "options": self.options(), "state": values}
+        (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote.
+
+        Raises:
+            InputError: if a file is missing, unreadable or belongs to another method.
+        """
+        path = folder / f"{self.name}.json"
+        try:
+            record = json.loads(path.read_text())
+            files = {name: spec["kind"] for name, spec in record["state"].items()}
+            has_tensors = any(kind in ("tensor", "tensors") for kind in files.values())
+            tensors = load_file(str(folder / f"{self.name}.safetensors")) if has_tensors else {}
+            for attribute, spec in record["state"].items():
+                if spec["kind"] == "tensor":
+                    value: Any = tensors[attribute]
+                elif spec["kind"] == "tensors":
+                    value = {key: tensors[f"{attribute}/{key}"] for key in spec["keys"]}
+                elif spec["kind"] == "dataset":
+                    # Read into memory, so that the folder may be moved or deleted while the dataset is in use.
+                    value = datasets.load_from_disk(str(folder / f"{self.name}-{attribute}"), keep_in_memory=True)
+                else:
+                    value = spec["value"]
+                setattr(self, attribute, value)
+        except FileNotFoundError as error:
+            raise InputError(f"state of method '{self.name}': {error.filename or path} is missing") from error
+        except Exception as error:
+            raise InputError(f"state of method '{self.name}': {path} cannot be read ({error})") from error
+
+
+HOOKS: tuple[str, ...] = (
+    "on_task_begin",
+    "train_dataset",
+    "task_context",
+    "forward_context",
+    "extra_loss",
+    "on_gradients",
+    "edit_gradients",
+    "on_step_end",
+    "merge",
+    "on_task_end",
+)
+
+
+def make_config(config_class: type, method: str, options: Mapping[str, Any]) -> Any:
+    """Build a method's config, refusing unknown options with the nearest name."""
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for option in options:
+        if option not in known:
+            raise InputError(f"method '{method}' has no option '{option}'{did_you_mean(option, known)}")
+    try:
+        return config_class(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"method '{method}': {error}") from error
+
+
+def method_names() -> list[str]:
+    """Names of the methods that this package brings."""
+    package = importlib.import_module("hf_continual.methods")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base",))
+
+
+def method_class(name: str) -> type[ContinualMethod[Any]]:
+    """The class behind `migu` (module `hf_continual.methods.migu`) or `pkg.mod:Class`.
+
+    Raises:
+        InputError: if there is no such method.
+    """
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"methods: '{name}' cannot be imported ({error})") from error
+        if not (isinstance(found, type) and issubclass(found, ContinualMethod)):
+            raise InputError(f"methods: '{name}' is not a subclass of hf_continual.ContinualMethod")
+        return found
+    if name not in method_names():
+        raise InputError(
+            f"methods: there is no method '{name}'{did_you_mean(name, method_names())} "
+            "(your own is named 'package.module:Class')"
+        )
+    module = importlib.import_module(f"hf_continual.methods.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, ContinualMethod) and value.__module__ == module.__name__
+        and value.name == name
+    )
+
+
+MethodSpec = "ContinualMethod[Any] | str | Mapping[str, Any]"
+
+
+def make_method(spec: Any) -> ContinualMethod[Any]:
+    """A method from an object, a name, or a mapping such as `{"name": "migu", "threshold": 0.7}`."""
+    if isinstance(spec, ContinualMethod):
+        return spec
+    if isinstance(spec, str):
+        return method_class(spec)()
+    if isinstance(spec, Mapping):
+        options = dict(spec)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise InputError(f"methods: {dict(spec)!r} has no 'name'; write {{name: migu, threshold: 0.7}}")
+        cls = method_class(name)
+        return cls(make_config(cls.config_class, cls.name, options))
+    raise InputError(f"methods: {spec!r} is neither a method, a name nor a mapping with a name")
+
+
+class MethodList(Sequence[ContinualMethod[Any]]):
+    """Several methods run as one, phase by phase.
+
+    Raises:
+        InputError: at construction, naming both methods, if two have the same name, claim the same batch column, or
+            both do what only one can (`merge`, or anything in their `owns`).
+    """
+
+    def __init__(self, methods: Iterable[Any] = ()) -> None:
+        if isinstance(methods, (str, Mapping)):
+            methods = [methods]
+        self.methods = [make_method(spec) for spec in methods or ()]
+        owners: dict[str, str] = {}
+        for method in self.methods:
+            claims = [(f"name '{method.name}'", "give the stream one of them")]
+            claims += [(f"batch column '{c}'", "rename one") for c in method.batch_columns]
+            claims += [(f"role '{role}'", "keep one of them") for role in sorted(method.roles())]
+            for claim, way_out in claims:
+                if claim in owners:
+                    raise InputError(
+                        f"methods '{owners[claim]}' and '{method.name}' cannot be combined: both have the {claim}; {way_out}"
+                    )
+                owners[claim] = method.name
+        done = {method.tasks_done_ for method in self.methods}
+        if len(done) > 1:
+            counts = ", ".join(f"'{m.name}' {m.tasks_done_}" for m in self.methods)
+            raise InputError(f"methods have learnt different numbers of tasks ({counts}); use objects of one history")
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.methods[index]
+
+    def __iter__(self) -> Iterator[ContinualMethod[Any]]:
+        return iter(self.methods)
+
+    @property
+    def tasks_done(self) -> int:
+        return self.methods[0].tasks_done_ if self.methods else 0
+
+    @property
+    def batch_columns(self) -> list[str]:
+        return [column for method in self.methods for column in method.batch_columns]
+
+    @property
+    def merges(self) -> bool:
+        return any("merge" in method.roles() for method in self.methods)
+
+    def overrides(self, hook: str) -> bool:
+        return any(getattr(type(m), hook) is not getattr(ContinualMethod, hook) for m in self.methods)
+
+    def check(self, ctx: MethodContext) -> None:
+        """Refuse what cannot work on this model and backend, before anything is trained."""
+        for method in self.methods:
+            check_backend(ctx.dist.backend, method.supports, method.name)
+            if method.needs_lora:
+                ctx.lora.peft_model(method.name)
+
+    def on_task_begin(self, ctx: MethodContext) -> None:
+        for method in self.methods:
+            method.on_task_begin(ctx)
+
+    def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
+        for method in self.methods:
+            dataset = method.train_dataset(ctx, dataset)
+        return dataset
+
+    def task_context(self, ctx: MethodContext) -> AbstractContextManager[Any]:
+        return self._stack(lambda method: method.task_context(ctx))
+
+    def forward_context(self, ctx: MethodContext, batch: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        return self._stack(lambda method: method.forward_context(ctx, batch))
+
+    def _stack(self, make: Callable[[ContinualMethod[Any]], AbstractContextManager[Any]]) -> ExitStack:
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(make(method))
+            return stack.pop_all()
+
+    def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for method in self.methods:
+            losses |= method.extra_loss(ctx, batch, outputs)
+        return losses
+
+    def gradient_hooks(self, ctx: MethodContext, grads: GradView) -> None:
+        """All reads, then all edits."""
+        for method in self.methods:
+            method.on_gradients(ctx, grads)
+        for method in self.methods:
+            method.edit_gradients(ctx, grads)
+
+    def on_step_end(self, ctx: MethodContext) -> None:
+        for method in self.methods:
+            method.on_step_end(ctx)
+
+    @torch.no_grad()
+    def merge(self, ctx: MethodContext, previous: Mapping[str, Tensor]) -> None:
+        current = trainable_state(ctx.model)
+        for method in self.methods:
+            if "merge" in method.roles():
+                current = dict(method.merge(ctx, previous, current))
+        parameters = dict(ctx.model.named_parameters())
+        for name, value in current.items():
+            parameters[name].copy_(value.to(parameters[name].device))
+
+    def on_task_end(self, ctx: MethodContext) -> None:
+        for method in self.methods:
+            method.on_task_end(ctx)
+        for method in self.methods:
+            method.tasks_done_ = ctx.task.index + 1
+
+    def save(self, folder: Path) -> None:
+        """Write every method's state below `folder`."""
+        for method in self.methods:
+            method.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore every method's state from `folder`."""
+        for method in self.methods:
+            method.load(folder)

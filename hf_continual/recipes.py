@@ -1,0 +1,386 @@
+"""Recipes: strict YAML over defaults, command-line words over YAML, and from there to task queues.
+
+A recipe's keys are constructor arguments; nothing is renamed. An unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import importlib.resources
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+
+from .data import TASK_KEYS, load_task
+from .errors import InputError, did_you_mean
+from .evaluation import EvaluationConfig
+from .methods.base import MethodList
+from .models import ModelConfig
+from .run_state import RunDirectory
+from .streams import load_stream, stream_names
+from .task_queue import DataConfig, TaskQueue, make_training_args
+from .tasks import Task
+
+SECTIONS = {
+    "name": "what the run is called; default: the file's name",
+    "run_dir": "run directory; default: runs/<name>",
+    "model": "name, dtype, gguf_file, revision, pad_token, attn_implementation",
+    "peft": "LoraConfig options; null fine-tunes the full model",
+    "training": "training arguments, verbatim",
+    "methods": "list of names or {name: ..., option: ...}",
+    "tasks": "{stream: NAME, ...} or a list of task specifications",
+    "data": "max_prompt_length, max_completion_length",
+    "evaluation": "scorer, batch_size, max_new_tokens, unseen, base_model",
+    "seed": "seed of the run; task i uses seed + i",
+    "seeds": "several seeds: one run each",
+    "joint": "true trains on all tasks at once, the upper bound",
+    "trainer": "package.module:Class of your own trainer",
+    "variants": "{name: {section: ...}}: one run each, with these sections laid over the recipe",
+}
+STREAM_KEYS = ("stream", "data_dir", "train_rows", "eval_rows", "scorer", "training", "order")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number, as everyone who writes a learning rate expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", node.start_mark)
+    return dict(zip(keys, [loader.construct_object(value, deep=True) for _, value in node.value], strict=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def recipe_files() -> dict[str, Path]:
+    """The recipes that this package brings, by their name without `.yaml`."""
+    root = Path(str(importlib.resources.files("hf_continual.recipe_files")))
+    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml")) if "accelerate_configs" not in p.parts}
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a recipe that the package brings.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    brought = recipe_files()
+    key = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
+    if key in brought:
+        return brought[key]
+    raise InputError(f"recipe {name}: there is no such file, and no such recipe in the package{did_you_mean(key, brought)}")
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["--training.learning_rate", "1e-4"]` -> `{"training.learning_rate": 0.0001}`; values are YAML."""
+    overrides: dict[str, Any] = {}
+    i = 0
+    while i < len(words):
+        word = words[i]
+        if not word.startswith("--"):
+            raise InputError(f"command line: '{word}' belongs to no option; write --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            i += 1
+            if i == len(words):
+                raise InputError(f"command line: --{key} has no value; write --{key} value")
+            value = words[i]
+        overrides[key] = parse_yaml(value, f"the value of --{key}")
+        i += 1
+    return overrides
+
+
+def apply_overrides(recipe: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dotted keys over a recipe; lists take an index (`methods.0.threshold`)."""
+    recipe = copy.deepcopy(recipe)
+    for dotted, value in overrides.items():
+        parts = dotted.split(".")
+        if parts[0] not in SECTIONS:
+            raise InputError(f"--{dotted}: there is no section '{parts[0]}'{did_you_mean(parts[0], SECTIONS)}")
+        target: Any = recipe
+        for k, part in enumerate(parts[:-1]):
+            following: Any = [] if parts[k + 1].isdigit() else {}
+            if isinstance(target, list):
+                if not part.isdigit() or int(part) >= len(target):
+                    raise InputError(f"--{dotted}: '{part}' is no index of a list of {len(target)}")
+                if isinstance(target[int(part)], str):  # a bare method name takes options now
+                    target[int(part)] = {"name": target[int(part)]}
+                target = target[int(part)]
+            else:
+                if not isinstance(target.get(part), (dict, list)):
+                    target[part] = following
+                target = target[part]
+        if isinstance(target, list):
+            if not parts[-1].isdigit() or int(parts[-1]) >= len(target):
+                raise InputError(f"--{dotted}: '{parts[-1]}' is no index of a list of {len(target)}")
+            target[int(parts[-1])] = value
+        else:
+            target[parts[-1]] = value
+    return recipe
+
+
+@dataclass
+class Run:
+    """One run of a recipe: a variant with a seed."""
+
+    recipe: dict[str, Any]
+    run_dir: Path
+    base_dir: Path
+    variant: str | None
+    seed: int
+
+    def tasks(self) -> list[Task]:
+        return load_tasks(self.recipe["tasks"], self.base_dir, self.seed_of_data)
+
+    @property
+    def seed_of_data(self) -> int:
+        """Rows are drawn with one seed in all runs, so that seeds differ in training alone."""
+        return 42
+
+    def queue(self) -> TaskQueue:
+        """The task queue; tasks added to the run directory later are included."""
+        tasks = self.tasks()
+        for spec in added_tasks(self.run_dir):
+            tasks.append(load_task(spec, base_dir=self.base_dir, seed=self.seed_of_data))
+        recipe = self.recipe
+        trainer_class = _import_class(recipe["trainer"]) if recipe["trainer"] else None
+        return TaskQueue(
+            self.run_dir, model=ModelConfig(**recipe["model"]), tasks=tasks, methods=recipe["methods"], args=recipe["training"],
+            peft_config=recipe["peft"], data=recipe["data"], evaluation=recipe["evaluation"], seed=self.seed,
+            joint=recipe["joint"], trainer_class=trainer_class, recipe={**recipe, "variant": self.variant, "base_dir": str(self.base_dir)},
+            variant=self.variant,
+        )  # fmt: skip
+
+
+def added_tasks(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "added_tasks.yaml"
+    return list(parse_yaml(path.read_text(), str(path)) or []) if path.exists() else []
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    recipe = parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}")
+    if not isinstance(recipe, dict):
+        raise InputError(f"recipe {path} is no mapping; write sections such as `model:` and `tasks:`")
+    return {"name": path.stem, **recipe}
+
+
+def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
+    """All runs of a recipe: variants x seeds, each resolved and checked.
+
+    Raises:
+        InputError: for an unknown key or a value that cannot be, with the key.
+    """
+    overrides = overrides or {}
+    recipe = apply_overrides(recipe, overrides)
+    _known(recipe, SECTIONS, "")
+    variants = recipe.pop("variants", None)
+    if variants is not None and not (isinstance(variants, dict) and variants):
+        raise InputError(f"variants={variants!r} must map names to sections, such as {{naive: {{methods: []}}}}")
+    runs = []
+    root = Path(recipe.pop("run_dir", None) or Path("runs") / str(recipe["name"]))
+    for variant, overlay in (variants or {None: {}}).items():
+        if variant is not None and not re.fullmatch(r"[\w.+=@-]+", str(variant)):
+            raise InputError(f"variants: '{variant}' cannot name a folder; use letters, digits, '.', '_', '+' and '-'")
+        if overlay is not None and not isinstance(overlay, dict):
+            raise InputError(f"variants.{variant}={overlay!r} must be a mapping of sections")
+        _known(overlay or {}, SECTIONS, f"variants.{variant}.")
+        merged = apply_overrides(_overlay(recipe, overlay or {}), {k: v for k, v in overrides.items() if not k.startswith(("variants", "run_dir"))})
+        seeds = merged.pop("seeds", None)
+        if seeds is not None and (not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) for s in seeds)):
+            raise InputError(f"seeds={seeds!r} must be a list of whole numbers")
+        for seed in seeds or [merged.get("seed", 42)]:
+            if not isinstance(seed, int) or isinstance(seed, bool):
+                raise InputError(f"seed={seed!r} must be a whole number")
+            folder = root / str(variant) if variant is not None else root
+            folder = folder / f"seed-{seed}" if seeds else folder
+            resolved = resolve({**merged, "seed": seed})
+            runs.append(Run(resolved, folder, base_dir, None if variant is None else str(variant), seed))
+    return runs
+
+
+def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill defaults and check every key; the result is what `recipe.yaml` of a run directory holds."""
+    recipe = dict(recipe)
+    if not isinstance(recipe.get("model"), (dict, str)):
+        raise InputError("model: is missing; give at least {name: HUB_ID_OR_FOLDER}")
+    if not recipe.get("tasks"):
+        raise InputError(f"tasks: is missing; give a list of tasks or {{stream: NAME}} with one of {', '.join(stream_names())}")
+    model = {"name": recipe["model"]} if isinstance(recipe["model"], str) else recipe["model"]
+    resolved = {
+        "name": str(recipe.get("name", "run")),
+        "model": dataclasses.asdict(_build(ModelConfig, model, "model")),
+        "peft": recipe.get("peft"),
+        "training": recipe.get("training") or {},
+        "methods": recipe.get("methods") or [],
+        "tasks": recipe["tasks"],
+        "data": dataclasses.asdict(_build(DataConfig, recipe.get("data") or {}, "data")),
+        "evaluation": dataclasses.asdict(_build(EvaluationConfig, recipe.get("evaluation") or {}, "evaluation")),
+        "seed": recipe.get("seed", 42),
+        "joint": recipe.get("joint", False),
+        "trainer": recipe.get("trainer"),
+    }
+    if resolved["peft"] is not None:
+        if not isinstance(resolved["peft"], dict):
+            raise InputError(f"peft={resolved['peft']!r} must map LoraConfig options to values, or be null")
+        _known(resolved["peft"], inspect.signature(LoraConfig).parameters, "peft.")
+    if not isinstance(resolved["training"], dict):
+        raise InputError(f"training={resolved['training']!r} must map training arguments to values")
+    for taken in ("output_dir", "methods", "seed"):
+        if taken in resolved["training"]:
+            raise InputError(f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of the recipe")
+    make_training_args({"output_dir": "unused", **resolved["training"]}, seq2seq=True)
+    if not isinstance(resolved["joint"], bool):
+        raise InputError(f"joint={resolved['joint']!r} must be true or false")
+    if isinstance(resolved["methods"], (str, dict)):
+        resolved["methods"] = [resolved["methods"]]
+    if not isinstance(resolved["methods"], list):
+        raise InputError(f"methods={resolved['methods']!r} must be a list of names or mappings")
+    resolved["methods"] = [{"name": _method_word(spec), **method.options()}
+                           for spec, method in zip(resolved["methods"], MethodList(resolved["methods"]), strict=True)]  # fmt: skip
+    _check_tasks(resolved["tasks"])
+    return resolved
+
+
+def _method_word(spec: Any) -> str:
+    return str(spec if isinstance(spec, str) else spec["name"])
+
+
+def _check_tasks(tasks: Any) -> None:
+    if isinstance(tasks, dict):
+        _known(tasks, STREAM_KEYS, "tasks.")
+        if "stream" not in tasks:
+            raise InputError(f"tasks.stream is missing; choose one of {', '.join(stream_names())}, or give a list of tasks")
+    elif isinstance(tasks, list):
+        for i, spec in enumerate(tasks):
+            if not isinstance(spec, dict):
+                raise InputError(f"tasks.{i}={spec!r} must be a mapping such as {{name: mine, path: mine.jsonl}}")
+            _known(spec, TASK_KEYS, f"tasks.{i}.")
+    else:
+        raise InputError(f"tasks={tasks!r} must be a list of tasks or {{stream: NAME}}")
+
+
+def load_tasks(tasks: Any, base_dir: Path, seed: int) -> list[Task]:
+    """The tasks of a recipe's `tasks:` section."""
+    if isinstance(tasks, list):
+        return [load_task(spec, base_dir=base_dir, seed=seed) for spec in tasks]
+    options = {k: v for k, v in tasks.items() if k not in ("stream", "training", "order")}
+    stream = load_stream(tasks["stream"], base_dir=base_dir, seed=seed, **options)
+    for name, training in (tasks.get("training") or {}).items():
+        matching = [task for task in stream if task.name == name]
+        if not matching:
+            raise InputError(f"tasks.training.{name}: the stream has no such task{did_you_mean(name, [t.name for t in stream])}")
+        matching[0].training = dict(training)
+    if tasks.get("order"):
+        by_name = {task.name: task for task in stream}
+        for name in tasks["order"]:
+            if name not in by_name:
+                raise InputError(f"tasks.order: the stream has no task '{name}'{did_you_mean(name, by_name)}")
+        stream = [by_name[name] for name in tasks["order"]]
+    return stream
+
+
+def open_run(run_dir: str | Path) -> Run:
+    """The run that a run directory's own `recipe.yaml` describes."""
+    directory = RunDirectory(run_dir)
+    if not (directory.path / "recipe.yaml").exists():
+        raise InputError(f"{directory.path} is no run directory: it has no recipe.yaml; run a recipe first")
+    stored = directory.read_recipe()
+    if stored.get("python"):
+        raise InputError(f"run directory {directory.path} was started from Python; continue it there with TaskQueue(...).run()")
+    variant, base_dir = stored.pop("variant", None), Path(stored.pop("base_dir", "."))
+    return Run(resolve(stored), directory.path, base_dir, variant, int(stored["seed"]))
+
+
+def add_task(run_dir: str | Path, spec: Any) -> TaskQueue:
+    """Append a task specification to a run directory; returns its queue, ready to run."""
+    run = open_run(run_dir)
+    if not isinstance(spec, dict):
+        raise InputError(f"the task {spec!r} must be a mapping such as {{name: mine, path: mine.jsonl}}")
+    _known(spec, TASK_KEYS, "task: ")
+    queue = run.queue()
+    added = added_tasks(run.run_dir)
+    queue.add(load_task(spec, base_dir=run.base_dir, seed=run.seed_of_data))
+    from .run_state import write_text
+
+    write_text(run.run_dir / "added_tasks.yaml", yaml.safe_dump([*added, spec], sort_keys=False))
+    return queue
+
+
+def with_absolute_paths(spec: Any, base_dir: Path) -> Any:
+    """A task specification whose relative paths that exist below `base_dir` are absolute, so that it can be moved."""
+    if not isinstance(spec, dict):
+        return spec
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: absolute(v) for k, v in value.items()}
+        if isinstance(value, str):
+            stem = value.split("{")[0]
+            for root in (base_dir, Path.cwd()):
+                if stem and (root / stem).exists() and not Path(value).is_absolute():
+                    return str(root / value)
+        return value
+
+    return {k: absolute(v) if k in ("path", "data_dir", "data_files") else v for k, v in spec.items()}
+
+
+def _overlay(base: Any, over: Any) -> Any:
+    """Mappings are laid over key by key; anything else replaces."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {k: _overlay(base[k], over[k]) if k in base and k in over else copy.deepcopy(over.get(k, base.get(k))) for k in [*base, *(k for k in over if k not in base)]}
+    return copy.deepcopy(over)
+
+
+def _known(given: Mapping[str, Any], known: Any, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            raise InputError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), list(known))}")
+
+
+def _build(cls: Any, options: Any, section: str) -> Any:
+    if not isinstance(options, dict):
+        raise InputError(f"{section}={options!r} must map options to values")
+    _known(options, [f.name for f in dataclasses.fields(cls)], f"{section}.")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in options]
+        raise InputError(f"{section}: {'the key ' + missing[0] + ' is missing' if missing else error}") from error
+
+
+def _import_class(name: str) -> type[Any]:
+    module, _, cls = str(name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"trainer={name!r} cannot be imported ({error}); write package.module:Class") from error
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,632 @@
+"""The task queue: load, train, merge, evaluate, commit; task after task, and again from wherever it was stopped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import platform
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+
+from . import metrics
+from .collators import make_collator
+from .data import content_hash
+from .errors import InputError, Interrupted, did_you_mean
+from .evaluation import EvaluationConfig, check_task, evaluate_task
+from .lora import LoraView
+from .methods.base import MethodList
+from .models import ModelConfig, apply_lora, fix_loss_scaling, is_seq2seq, load_model, load_tokenizer
+from .run_state import RunDirectory, disk_full, read_json, write_json
+from .tasks import Task, check_stream
+from .tokenization import ensure_pad_token, tokenize_dataset
+from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, last_complete_checkpoint
+from .training_args import ContinualSeq2SeqTrainingArguments, ContinualTrainingArguments
+
+JOINT = "joint"
+
+
+@dataclass
+class DataConfig:
+    """The recipe's `data:` section: how rows become tokens."""
+
+    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts lose text before their last line (MIGU: 512)."})
+    max_completion_length: int = field(default=50, metadata={"help": "Longer answers are cut (MIGU: 50)."})
+
+    def __post_init__(self) -> None:
+        for option in ("max_prompt_length", "max_completion_length"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 4:
+                raise InputError(f"data.{option}={value!r} must be a whole number of tokens, at least 4")
+
+
+@dataclass
+class QueueResult:
+    """What a finished queue returns.
+
+    Attributes:
+        run_dir: the run directory.
+        R: (tasks, tasks) scores; R[i, j] = score on task j after task i, NaN where not evaluated. One row for `joint`.
+        tasks: names, the columns of R.
+        metrics: `average_performance`, `backward_transfer`, ... as far as R allows.
+    """
+
+    run_dir: Path
+    R: np.ndarray
+    tasks: list[str]
+    metrics: dict[str, float]
+
+
+class _StopAtSignal(TrainerCallback):
+    """Ends the training at the next step, with a checkpoint, once the flag is set."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+            if self.trainer is not None:
+                self.trainer.interrupted = True
+
+
+class TaskQueue:
+    """Learns a stream of tasks in a run directory.
+
+    Args:
+        run_dir: where everything is written; see `run_state.py` for the layout. An unfinished run is continued, a
+            finished one returns its result.
+        model: a `PreTrainedModel`, a function returning one, a name or path, or [`ModelConfig`]. A PEFT model is taken
+            as it is.
+        tasks: the stream. Rows as described in [`Task`]; rows that already have `input_ids` are not tokenised again.
+        methods: method objects, names or mappings. Objects must be fresh; the queue loads their state.
+        args: training arguments, an object or a mapping; `output_dir`, `seed` and `methods` are the queue's.
+        processing_class: the tokenizer; by default the one of `model`.
+        peft_config: `LoraConfig` or its options; `None` fine-tunes the full model.
+        data, evaluation: [`DataConfig`], [`EvaluationConfig`], or mappings with their options.
+        seed: task `i` is trained with `seed + i`, so that new adapters do not all start from the same weights.
+        joint: train once on all tasks together, the upper bound.
+        trainer_class: a Trainer class built with [`ContinualMixin`].
+        trainer_kwargs: further arguments for it, such as `callbacks` or `data_collator`.
+        recipe, variant: recorded in the run directory.
+
+    Raises:
+        InputError: for anything that cannot work, before training.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        model: PreTrainedModel | Callable[[], PreTrainedModel] | str | ModelConfig | Mapping[str, Any],
+        tasks: Sequence[Task],
+        methods: Iterable[Any] = (),
+        args: TrainingArguments | Mapping[str, Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        data: DataConfig | Mapping[str, Any] | None = None,
+        evaluation: EvaluationConfig | Mapping[str, Any] | None = None,
+        seed: int = 42,
+        joint: bool = False,
+        trainer_class: type[Any] | None = None,
+        trainer_kwargs: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        variant: str | None = None,
+    ) -> None:
+        self.directory = RunDirectory(run_dir)
+        if isinstance(model, (str, Mapping)):
+            model = ModelConfig(name=model) if isinstance(model, str) else ModelConfig(**model)
+        self._model_source = model
+        self._tokenizer = processing_class
+        self._peft_config = peft_config
+        self._args = args if args is not None else {}
+        self._data = data if isinstance(data, DataConfig) else DataConfig(**(data or {}))
+        self._evaluation = evaluation if isinstance(evaluation, EvaluationConfig) else EvaluationConfig(**(evaluation or {}))
+        self._method_specs = [methods] if isinstance(methods, (str, Mapping)) else list(methods)
+        self.seed, self.joint, self.variant = seed, joint, variant
+        self._trainer_class = trainer_class
+        self._trainer_kwargs = dict(trainer_kwargs or {})
+        self._recipe = recipe
+        self.stream = [dataclasses.replace(task, index=i) for i, task in enumerate(tasks)]
+        check_stream(self.stream)
+        MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
+        for task in self.stream:
+            self._check_training_data(task)
+        self._model: nn.Module | None = None
+        self._model_at: int | None = None  # the model in memory is the one after this task; -1 = before any
+        self._stop = _StopAtSignal()
+
+    # -- the stream --------------------------------------------------------------------------------------------------
+
+    @property
+    def learnt_tasks(self) -> list[Task]:
+        """What is trained, in order: the stream, or one joint task."""
+        if not self.joint:
+            return self.stream
+        parts = [task.train_dataset for task in self.stream]
+        return [Task(JOINT, train_dataset=_concatenate(parts), index=0)]
+
+    def add(self, task: Task) -> None:
+        """Append a task. It is learnt by the next `run()`, from the last commit, as if it had been there from the start.
+
+        Raises:
+            InputError: for a name that is taken, or if the run is joint.
+        """
+        if self.joint:
+            raise InputError("a joint run trains on all tasks at once; start a new run with the longer stream")
+        stream = [*self.stream, dataclasses.replace(task, index=len(self.stream))]
+        check_stream(stream)
+        self._check_training_data(stream[-1])
+        self.stream = stream
+        if (self.directory.path / "queue.json").exists():
+            with self.directory.locked():
+                queue = self.directory.read_queue()
+                self._check_same_stream(queue)
+                self._write_queue(queue["cursor"])
+
+    def _check_training_data(self, task: Task) -> None:
+        if task.train_dataset is None or len(task.train_dataset) == 0:
+            raise InputError(f"task '{task.name}' has no training rows; give it a non-empty train_dataset")
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Everything `run` checks before it trains, on a model without weights."""
+        source = self._model_source
+        model = load_model(source, empty=True) if isinstance(source, ModelConfig) else self._fresh_model(adapted=False)
+        self._check_model(model)
+        if self._peft_config is not None and not LoraView(model).is_peft:
+            model = apply_lora(model, self._peft_config)  # type: ignore[arg-type]
+        self._check_methods(model)
+        if self.directory.exists:
+            self._check_same_stream(self.directory.read_queue())
+
+    def run(self) -> QueueResult:
+        """Start or continue; returns when every task is learnt and scored.
+
+        Raises:
+            InputError: for bad input or a full disk; what is learnt stays.
+            Interrupted: after SIGINT, with the current task's checkpoint saved.
+        """
+        with self.directory.locked(), self._signals(), self._clear_errors():
+            cursor = self._open()
+            tasks = self.learnt_tasks
+            if cursor == len(tasks) and not self._missing_cells(cursor):
+                print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
+                return self.result()
+            for index in range(cursor):
+                self.directory.check_task(tasks[index])
+            self._evaluate_missing(cursor)
+            for index in range(cursor, len(tasks)):
+                if not self.directory.is_learnt(tasks[index]):
+                    self._learn(tasks[index])
+                else:
+                    self.directory.check_task(tasks[index])
+                self._evaluate_missing(index + 1)
+                self._write_queue(index + 1)
+            self._release()
+            return self.result()
+
+    def result(self) -> QueueResult:
+        """The score matrix and metrics of what is learnt so far."""
+        tasks = self.learnt_tasks
+        rows = self.directory.cells([t for t in tasks if self.directory.is_learnt(t)], self.stream)
+        R = np.full((len(tasks), len(self.stream)), np.nan)
+        baseline = np.full(len(self.stream), np.nan)
+        for row in rows:
+            if row["after_index"] < 0:
+                baseline[row["task_index"]] = row["score"]
+            else:
+                R[row["after_index"], row["task_index"]] = row["score"]
+        base = None if np.isnan(baseline).any() else baseline
+        values = {} if np.isnan(R[-1]).any() else metrics.summarize(R, base)
+        return QueueResult(self.directory.path, R, [t.name for t in self.stream], values)
+
+    def _open(self) -> int:
+        """Create or verify the run directory; returns the cursor."""
+        for task in self.stream:
+            check_task(task, self._evaluation)
+        if not self.directory.exists:
+            self.check_model_early()
+            self.directory.write_recipe(dict(self._recipe) if self._recipe is not None else self._description())
+            self._write_queue(0)
+            return 0
+        queue = self.directory.read_queue()
+        self._check_same_stream(queue)
+        cursor = int(queue["cursor"])
+        for task in self.learnt_tasks[:cursor]:
+            if not self.directory.is_learnt(task):
+                raise InputError(
+                    f"{self.directory.path / 'queue.json'} says that task '{task.name}' is learnt and {self.directory.task_folder(task)} "
+                    "is missing; restore it, or start again in another run directory"
+                )
+        learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
+        self.directory.check_scores(self.directory.cells(learnt, self.stream))
+        self._write_queue(cursor)  # a longer stream is recorded before it is learnt
+        return cursor
+
+    def check_model_early(self) -> None:
+        """Load the model and try the methods on it, so that what cannot work leaves no run directory behind."""
+        self._ensure_model(-1)
+        self._check_methods(copy.deepcopy(self._model).to("meta"))  # type: ignore[union-attr]
+
+    def _check_methods(self, model: nn.Module) -> None:
+        from .distributed import Distributed
+        from .methods.base import MethodContext
+
+        methods = MethodList(copy.deepcopy(self._method_specs))
+        if not methods:
+            return
+        state = transformers.TrainerState()
+        for index in (0, 1):
+            ctx = MethodContext(model, Task("check", index=index), Distributed(), LoraView(model), state, 0, lambda n, v: None)
+            methods.check(ctx)
+            methods.on_task_begin(ctx)
+
+    def _description(self) -> dict[str, Any]:
+        """What a run started from Python records as its recipe."""
+        args = self._args if isinstance(self._args, Mapping) else _changed(self._args)
+        return {
+            "python": True,
+            "methods": [{"name": m.name, **m.options()} for m in MethodList(copy.deepcopy(self._method_specs))],
+            "training": json.loads(json.dumps(dict(args), default=str)),
+            "data": dataclasses.asdict(self._data),
+            "evaluation": dataclasses.asdict(self._evaluation),
+            "tasks": [task.name for task in self.stream],
+            "seed": self.seed,
+        }
+
+    def _write_queue(self, cursor: int) -> None:
+        learnt = self.learnt_tasks
+        tasks = [{"name": t.name, "folder": t.folder, "rows": len(t.train_dataset), "hash": content_hash(t.train_dataset)} for t in learnt]
+        scored = [t for t in self.stream]
+        done = [t for t in learnt if self.directory.is_learnt(t)]
+        self.directory.write_scores(self.directory.cells(done, scored))
+        self.directory.write_queue(
+            {
+                "tasks": tasks,
+                "eval_tasks": [t.name for t in scored],
+                "cursor": cursor,
+                "finished": cursor == len(tasks),
+                "joint": self.joint,
+                "variant": self.variant,
+                "seed": self.seed,
+                "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
+                "versions": versions(),
+                "git": git_commit(),
+            }
+        )
+
+    def _check_same_stream(self, queue: Mapping[str, Any]) -> None:
+        where = f"run directory {self.directory.path}"
+        mine = self.learnt_tasks
+        for i, stored in enumerate(queue["tasks"]):
+            if i >= len(mine):
+                raise InputError(
+                    f"{where} also has the task '{stored['name']}', which this stream lacks; give the whole stream, or use "
+                    "another run directory"
+                )
+            if stored["name"] != mine[i].name:
+                raise InputError(
+                    f"{where} belongs to another recipe: its task {i} is '{stored['name']}' and not '{mine[i].name}'; use "
+                    "another run directory"
+                )
+            if stored["hash"] != content_hash(mine[i].train_dataset):
+                raise InputError(
+                    f"{where} belongs to another recipe: the training rows of task '{mine[i].name}' differ from those it "
+                    "was started with; use another run directory"
+                )
+        names = [m.name for m in MethodList(copy.deepcopy(self._method_specs))]
+        if queue.get("method_names") != names or queue.get("seed") != self.seed:
+            raise InputError(
+                f"{where} belongs to another recipe: methods {queue.get('method_names')} with seed {queue.get('seed')} and not "
+                f"{names} with seed {self.seed}; use another run directory"
+            )
+        stored_recipe = self.directory.read_recipe()
+        recipe = dict(self._recipe) if self._recipe is not None else self._description()
+        difference = first_difference(stored_recipe, json.loads(json.dumps(recipe, default=str)))
+        if difference:
+            key, old, new = difference
+            raise InputError(
+                f"{where} belongs to another recipe: {key} is {old!r} there and {new!r} here; use the same recipe, or another "
+                "run directory"
+            )
+
+    # -- one task ----------------------------------------------------------------------------------------------------
+
+    def _learn(self, task: Task) -> None:
+        """Train, merge and commit one task."""
+        total = len(self.learnt_tasks)
+        print(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==", flush=True)
+        self._ensure_model(task.index - 1)
+        model, tokenizer = self._model, self.tokenizer
+        methods = MethodList(copy.deepcopy(self._method_specs))
+        if task.index > 0:
+            methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
+        seq2seq = is_seq2seq(model)  # type: ignore[arg-type]
+        args = self._training_args(task, seq2seq)
+        trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
+        if not issubclass(trainer_class, ContinualMixin):
+            raise InputError(f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})")
+        kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop]
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=self._tokenized(task), processing_class=tokenizer, methods=methods, task=task,
+            **kwargs,
+        )  # fmt: skip
+        self._stop.trainer = trainer
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is not None:
+            print(f"continuing from {checkpoint.name}", flush=True)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if trainer.interrupted:
+            raise Interrupted(f"stopped in task '{task.name}' at step {trainer.state.global_step}")
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+
+        def write(folder: Path) -> None:
+            self._save_model(trained, folder)
+            methods.save(folder / "methods")
+            write_json(folder / "log.json", trainer.state.log_history)
+
+        self.directory.commit_task(task, write)
+        self._model, self._model_at = trained, task.index
+        self._stop.trainer = None
+        trained.zero_grad(set_to_none=True)
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+
+    def _training_args(self, task: Task, seq2seq: bool) -> TrainingArguments:
+        work = str(self.directory.work_folder(task))
+        given = {"output_dir": work, "seed": self.seed + task.index, **task.training}
+        if isinstance(self._args, TrainingArguments):
+            extra = {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
+            # TrainingArguments resets accelerate's state, so each task's are made when its turn comes.
+            return dataclasses.replace(self._args, **extra, **{k: v for k, v in given.items()}, methods=None)
+        return make_training_args({**self._args, **given}, seq2seq)
+
+    def _tokenized(self, task: Task) -> Any:
+        return self._tokenize(task.train_dataset)
+
+    def _tokenize(self, dataset: Any) -> Any:
+        if isinstance(dataset, datasets.Dataset) and "input_ids" not in dataset.column_names and "prompt" in dataset.column_names:
+            return tokenize_dataset(
+                dataset, self.tokenizer, seq2seq=is_seq2seq(self._model),  # type: ignore[arg-type]
+                max_prompt_length=self._data.max_prompt_length, max_completion_length=self._data.max_completion_length,
+            )  # fmt: skip
+        return dataset
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            if not isinstance(self._model_source, ModelConfig):
+                raise InputError("processing_class: give the tokenizer, since the model was given as an object")
+            self._tokenizer = load_tokenizer(self._model_source)
+        ensure_pad_token(self._tokenizer)
+        return self._tokenizer
+
+    def _fresh_model(self, adapted: bool = True) -> nn.Module:
+        """The model before any task."""
+        source = self._model_source
+        if isinstance(source, ModelConfig):
+            model: Any = load_model(source)
+        elif isinstance(source, nn.Module):
+            model = copy.deepcopy(source)
+        else:
+            model = source()
+        if not LoraView(model).is_peft:
+            model = fix_loss_scaling(model)
+            self._check_model(model)
+            if adapted and self._peft_config is not None:
+                set_seed(self.seed)
+                model = apply_lora(model, self._peft_config)
+        return model
+
+    def _check_model(self, model: Any) -> None:
+        words, tokens = model.get_input_embeddings().weight.shape[0], len(self.tokenizer)
+        if tokens > words:
+            raise InputError(f"the tokenizer has {tokens} tokens and the model embeds only {words}; use the model's own tokenizer")
+
+    def _ensure_model(self, index: int) -> None:
+        """Have the model after task `index` in memory (-1: before any task), from memory or from its commit."""
+        if self._model is not None and self._model_at == index:
+            return
+        self._release()
+        model = self._fresh_model()
+        if index >= 0:
+            folder = self.directory.task_folder(self.learnt_tasks[index])
+            meta = read_json(folder / "model.json")
+            if meta["kind"] == "lora":
+                inner = folder / "adapters"
+                LoraView(model).load(inner, meta)
+            else:
+                load_full(model, folder / "model")
+        self._model, self._model_at = model, index
+
+    def load_model_after(self, index: int) -> nn.Module:
+        """The model after learnt task `index`, -1 for the model before any task."""
+        self._ensure_model(index)
+        assert self._model is not None
+        return self._model
+
+    def _save_model(self, model: Any, folder: Path) -> None:
+        view = LoraView(model)
+        if view.is_peft:
+            meta = {"kind": "lora", **view.save(folder / "adapters")}
+            view.export(folder / "adapter")
+        else:
+            meta = {"kind": "full"}
+            model.save_pretrained(str(folder / "model"))
+            self.tokenizer.save_pretrained(str(folder / "model"))
+        write_json(folder / "model.json", meta)
+
+    def _release(self) -> None:
+        self._model, self._model_at = None, None
+        gc.collect()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _wanted_cells(self, learnt: int) -> Iterator[tuple[int, Task]]:
+        if self._evaluation.base_model:
+            yield from ((-1, task) for task in self.stream)
+        for index in range(learnt):
+            seen = len(self.stream) if self.joint or self._evaluation.unseen else index + 1
+            yield from ((index, task) for task in self.stream[:seen])
+
+    def _missing_cells(self, learnt: int) -> list[tuple[int, Task]]:
+        tasks = self.learnt_tasks
+        return [(i, task) for i, task in self._wanted_cells(learnt)
+                if not self.directory.has_cell(tasks[i] if i >= 0 else None, task)]  # fmt: skip
+
+    def _evaluate_missing(self, learnt: int) -> None:
+        tasks = self.learnt_tasks
+        for index, task in sorted(self._missing_cells(learnt), key=lambda c: (c[0] != self._model_at, c[0], c[1].index)):
+            self._ensure_model(index)
+            after = tasks[index] if index >= 0 else None
+            name = after.name if after is not None else "no task"
+            args = self._args if isinstance(self._args, Mapping) else vars(self._args)
+            cell = evaluate_task(
+                self._model, self.tokenizer, task, self._evaluation,  # type: ignore[arg-type]
+                max_prompt_length=self._data.max_prompt_length, description=f"after {name}: scoring {task.name}",
+                autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
+            )  # fmt: skip
+            self.directory.write_cell(after, task, cell)
+            print(f"after {name}: {task.name} {cell.metric} = {100 * cell.score:.1f} (n={cell.n})", flush=True)
+            if self._stop.stop:
+                raise Interrupted(f"stopped while scoring after {name}")
+
+    # -- signals and errors ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First SIGINT: stop at the next step with a checkpoint. Second: at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            if self._stop.stop or self._stop.trainer is None:
+                raise KeyboardInterrupt
+            self._stop.stop = True
+            print("\ninterrupted: saving a checkpoint at the end of this step (once more to stop at once)", flush=True)
+
+        self._stop.stop = False
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise Interrupted("stopped; the last checkpoint and every learnt task are kept") from error
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, Interrupted):
+            raise
+        except Exception as error:
+            if disk_full(error):
+                raise InputError(
+                    f"run_dir={self.directory.path}: the disk is full; free some space and run the same command again, "
+                    "every learnt task is kept"
+                ) from error
+            raise
+
+
+def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArguments:
+    """Training arguments for one task; unknown names are refused with the nearest one."""
+    cls = ContinualSeq2SeqTrainingArguments if seq2seq else ContinualTrainingArguments
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    for option in options:
+        if option not in known:
+            raise InputError(f"training.{option} is not a training argument{did_you_mean(option, known)}")
+    defaults = {"report_to": "none", "save_total_limit": 1, "stop_on_nonfinite_loss": True}
+    try:
+        return cls(**{**defaults, **options})
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"training: {error}") from error
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a full model saved by `save_pretrained` into `model`."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    state: dict[str, Any] = {}
+    for file in files:
+        state |= load_file(str(folder / file))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    if unexpected or set(missing) - tied:
+        raise InputError(f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first differing key of two recipes, other than those that do not change what is learnt."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(n for n in new if n not in old)]:
+            path = f"{key}.{name}" if key else name
+            if path in HARMLESS or path.startswith("training.logging"):
+                continue
+            found = first_difference(old.get(name), new.get(name), path)
+            if found:
+                return found
+        return None
+    return None if old == new else (key, old, new)
+
+
+HARMLESS = {"name", "run_dir", "tasks", "training.disable_tqdm", "training.report_to", "training.run_name", "training.save_steps",
+            "training.save_strategy", "training.save_total_limit", "variants", "seeds"}  # fmt: skip
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if all(isinstance(part, datasets.Dataset) for part in parts):
+        columns = set.intersection(*(set(part.column_names) for part in parts))
+        return datasets.concatenate_datasets([part.select_columns(sorted(columns)) for part in parts])
+    return torch.utils.data.ConcatDataset(parts)
+
+
+def _changed(args: TrainingArguments) -> dict[str, Any]:
+    reference = type(args)(output_dir="")
+    names = [f.name for f in dataclasses.fields(args) if f.init and f.name not in ("output_dir", "methods")]
+    return {n: getattr(args, n) for n in names if getattr(args, n) != getattr(reference, n)}
+
+
+def versions() -> dict[str, str]:
+    from . import __version__
+
+    modules = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate, "datasets": datasets}
+    return {"hf_continual": __version__, "python": platform.python_version(), **{k: m.__version__ for k, m in modules.items()}}
+
+
+def git_commit() -> str | None:
+    """The commit of this package's checkout, if it is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

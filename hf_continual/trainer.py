@@ -1,0 +1,276 @@
+"""The Trainer that runs methods: one mixin over any Hugging Face Trainer, a few overrides that all call `super()`.
+
+With no methods it *is* the Trainer it extends. `methods/base.py` shows the order of one step and one task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .distributed import Distributed, GradientSeam
+from .errors import InputError
+from .lora import LoraView, load_adapters, trainable_state
+from .methods.base import MethodContext, MethodList
+from .tasks import Task
+
+STATE_FOLDER = "continual"
+
+
+class _ContinualCallback(TrainerCallback):
+    """What the Trainer only offers to callbacks."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._on_optimizer_ready()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._on_optimizer_step()
+
+
+class ContinualMixin:
+    """Adds `methods` and `task` to a Hugging Face Trainer; put it first among the bases.
+
+    Args:
+        methods (`list`, *optional*): method objects, names or mappings; they learn one task per `train()` call. Pass the
+            same objects to the next task's trainer. Defaults to `args.methods`.
+        task ([`Task`] or `str`, *optional*): the task that `train()` learns; by default `task<N>`, counted by the methods.
+
+    Every other argument is the parent's.
+    """
+
+    def __init__(
+        self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        from_args = getattr(self.args, "methods", None)  # type: ignore[has-type]
+        if methods is not None and from_args:
+            raise InputError("methods are given twice, to the trainer and in args.methods; give them once")
+        self.methods = methods if isinstance(methods, MethodList) else MethodList(methods if methods is not None else from_args or ())
+        self.task = task
+        self.dist = Distributed(self.accelerator)
+        self.ctx: MethodContext | None = None
+        self.interrupted = False
+        """Set it to end a task early without merging: `train()` then returns before `on_task_end`."""
+        self._seam: GradientSeam | None = None
+        self._forward_seen = False
+        self._logged: dict[str, tuple[Tensor, int]] = {}
+        self._nonfinite: Tensor | None = None
+        if self.methods:
+            self.add_callback(_ContinualCallback(self))
+
+    # -- one task ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
+        """Learn one task: begin, train as the parent does, merge, end. Arguments and result are the parent's."""
+        self._nonfinite = None
+        if not self.methods:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)  # type: ignore[misc]
+            self._check_finite()
+            return output
+        if trial is not None:
+            raise InputError("hyperparameter search cannot run with methods, whose state one trial hands to the next; "
+                             "search without methods, or start one run per trial")
+        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._load_methods(checkpoint)  # how many tasks are done, before the task begins
+        ctx = self.ctx = self._make_context()
+        self.methods.check(ctx)
+        original = self.train_dataset
+        try:
+            self.methods.on_task_begin(ctx)
+            previous = trainable_state(ctx.model) if self.methods.merges else {}
+            self.train_dataset = self.methods.train_dataset(ctx, original)
+            self._seam = GradientSeam(ctx.model, self.dist, lambda grads: self.methods.gradient_hooks(ctx, grads))
+            with self.methods.task_context(ctx):
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)  # type: ignore[misc]
+            self._check_finite()
+        finally:
+            if self._seam is not None:
+                self._seam.detach()
+            self._seam = None
+            self.train_dataset = original
+        if not self.interrupted:
+            if self.methods.merges:
+                self.methods.merge(ctx, previous)
+            self.methods.on_task_end(ctx)
+            self.task = None if not isinstance(self.task, Task) else self.task
+        return output
+
+    def _make_context(self) -> MethodContext:
+        task = self.task
+        if not isinstance(task, Task):
+            index = self.methods.tasks_done
+            task = Task(name=task or f"task{index}", index=index, train_dataset=self.train_dataset)
+        model = self.accelerator.unwrap_model(self.model)
+        return MethodContext(model, task, self.dist, LoraView(model), self.state, self.args.seed, self._log_value)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        own = {column: inputs.pop(column) for column in self.methods.batch_columns if column in inputs}
+        if not self.methods or not model.training or self._seam is None:  # the evaluation loss is the task's alone
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        self._forward_seen = True
+        ctx = self.ctx
+        assert ctx is not None
+        batch = {**inputs, **own}
+        with self.methods.forward_context(ctx, batch):  # closed before backward, which may run the forward again
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+        extra = self.methods.extra_loss(ctx, batch, outputs)
+        if extra:
+            for name, value in extra.items():
+                self._log_value(name, value)
+            loss = loss + self._like_task_loss(torch.stack([v.to(loss.device) for v in extra.values()]).sum(), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _like_task_loss(self, extra: Tensor, num_items_in_batch: Any) -> Tensor:
+        """Scale an extra loss (a mean) as the Trainer scales the task loss under gradient accumulation.
+
+        Where the Trainer takes the task loss for normalised over the whole step it divides nothing, so the extra loss
+        is divided here; elsewhere it divides their sum. The rule mirrors `Trainer.training_step`.
+        """
+        scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+        return extra / self.current_gradient_accumulation_steps if scaled else extra
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self._forward_seen = False
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if getattr(self.args, "stop_on_nonfinite_loss", False):
+            bad = ~torch.isfinite(loss)
+            self._nonfinite = bad if self._nonfinite is None else self._nonfinite | bad
+        if self._seam is not None:
+            if not self._forward_seen:
+                raise InputError(
+                    f"{type(self).__name__}.compute_loss does not call super().compute_loss, so the methods never see the "
+                    "forward; put ContinualMixin in front of the class with that loss: class Mine(ContinualMixin, Theirs)"
+                )
+            self._seam.after_backward(self.accelerator.sync_gradients)
+        return loss
+
+    def _on_optimizer_ready(self) -> None:
+        if self._seam is not None:
+            self._seam.attach(self.optimizer)
+
+    def _on_optimizer_step(self) -> None:
+        if self._seam is not None and self.ctx is not None:
+            self.methods.on_step_end(self.ctx)
+
+    # -- logs --------------------------------------------------------------------------------------------------------
+
+    def _log_value(self, name: str, value: Tensor) -> None:
+        total, count = self._logged.get(name, (torch.zeros((), device=value.device), 0))
+        self._logged[name] = (total + value.detach().float(), count + 1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self._check_finite()
+            for name, (total, count) in self._logged.items():
+                logs[name] = float(total) / count
+            self._logged = {}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_finite(self) -> None:
+        if self._nonfinite is not None and bool(self._nonfinite):
+            name = self.ctx.task.name if self.ctx is not None else getattr(self.task, "name", self.task)
+            raise InputError(
+                f"the loss of task '{name}' became NaN or infinite by step {self.state.global_step} with "
+                f"learning_rate={self.args.learning_rate}; lower training.learning_rate or use a wider dtype"
+            )
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        fresh = self._signature_columns is None  # type: ignore[has-type]
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if fresh and self._signature_columns is not None:
+            self._signature_columns += [c for c in self.methods.batch_columns if c not in self._signature_columns]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        if self.methods and self.args.should_save:
+            # Before the parent, whose trainer_state.json then is the last file and marks the checkpoint as complete.
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / STATE_FOLDER
+            self.methods.save(folder)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.accelerator.unwrap_model(model if model is not None else self.model)
+        adapters = LoraView(target).adapters
+        if len(adapters) > 1 and self.dist.backend in ("single", "ddp"):
+            # The parent considers only the first of several active adapters, and would make it the trainable one.
+            root = Path(resume_from_checkpoint)
+            folders = {name: root / name if (root / name).is_dir() else root for name in adapters}
+            load_adapters(target, folders)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self.methods:
+            self._load_methods(Path(resume_from_checkpoint))
+
+    def _load_methods(self, checkpoint: Path) -> None:
+        folder = Path(checkpoint) / STATE_FOLDER
+        if not folder.is_dir():
+            raise InputError(f"{checkpoint} was saved without the methods {[m.name for m in self.methods]}; resume with the "
+                             "methods it was trained with, or train the task again from its start")
+        self.methods.load(folder)
+
+    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+        if resume is None or resume is False:
+            return None
+        if resume is True:
+            found = get_last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
+            return str(found)
+        return str(resume)
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a process killed while saving leaves one that was not."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if step.isdigit() and state.get("global_step") == int(step):
+            found.append((int(step), path))
+    return max(found)[1] if found else None
+
+
+class ContinualTrainer(ContinualMixin, Trainer):
+    """[`~transformers.Trainer`] that learns one task after another without forgetting.
+
+    Takes every argument of `Trainer`, plus those of [`ContinualMixin`].
+
+    Example:
+
+    ```python
+    methods = [MIGU(threshold=0.7), Replay(ratio=0.02)]
+    for task in tasks:
+        trainer = ContinualTrainer(model, args, train_dataset=task, methods=methods)
+        trainer.train()
+    ```
+    """
+
+
+class ContinualSeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] that learns one task after another without forgetting."""
+
+

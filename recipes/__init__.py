@@ -1,0 +1,1 @@
+"""The recipe files, installed as `hf_continual.recipe_files`."""
