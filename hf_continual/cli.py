@@ -15,7 +15,9 @@ from .errors import InputError, Interrupted
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-continual", description="Learn one task after another without forgetting.")
+    parser = argparse.ArgumentParser(
+        prog="hf-continual", description="Learn one task after another without forgetting."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     run = commands.add_parser(
@@ -32,11 +34,15 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("task", help="YAML file with one task: name, path, ...")
     add.add_argument("--no_run", action="store_true", help="append only")
 
-    report = commands.add_parser("report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs")
+    report = commands.add_parser(
+        "report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs"
+    )
     report.add_argument("run", help="run directory, or a folder of them")
     report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
 
-    merge = commands.add_parser("merge", help="write the learnt model with its adapters merged, for plain transformers")
+    merge = commands.add_parser(
+        "merge", help="write the learnt model with its adapters merged, for plain transformers"
+    )
     merge.add_argument("run", help="run directory")
     merge.add_argument("-o", "--out", required=True, help="folder to write")
     merge.add_argument("--task", default=None, help="as it was after this task; default: the last learnt")
@@ -56,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = make_parser().parse_known_args(argv)
     try:
         if rest and args.command != "run":
-            raise InputError(f"command line: {args.command} has no option {rest[0]}; see hf-continual {args.command} --help")
+            raise InputError(
+                f"command line: {args.command} has no option {rest[0]}; see hf-continual {args.command} --help"
+            )
         return COMMANDS[args.command](args, rest)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,7 +85,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = recipes.parse_overrides(rest)
     if Path(args.recipe).is_dir():
         if overrides:
-            raise InputError(f"command line: the run directory {args.recipe} is continued as it is; change a recipe instead")
+            raise InputError(
+                f"command line: the run directory {args.recipe} is continued as it is; change a recipe instead"
+            )
         run = recipes.open_run(args.recipe)
         runs, root = [run], run.run_dir
     else:
@@ -88,7 +98,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             wanted = args.only.split(",")
             for name in wanted:
                 if name not in {str(r.variant) for r in runs}:
-                    raise InputError(f"--only {name}: the recipe has no such variant; it has {', '.join(sorted({str(r.variant) for r in runs}))}")
+                    raise InputError(
+                        f"--only {name}: the recipe has no such variant; it has {', '.join(sorted({str(r.variant) for r in runs}))}"
+                    )
             runs = [r for r in runs if str(r.variant) in wanted]
         shared = {r.run_dir for r in runs}
         root = runs[0].run_dir if len(runs) == 1 else Path(os.path.commonpath([str(d) for d in shared]))
@@ -97,13 +109,18 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             queue = run.queue()
             queue.check()
             methods = "+".join(m["name"] for m in run.recipe["methods"]) or "naive"
-            rows = ", ".join(f"{t.name} ({len(t.train_dataset)} train, {len(t.eval_dataset)} eval)" for t in queue.stream)
+            rows = ", ".join(
+                f"{t.name} ({len(t.train_dataset)} train, {len(t.eval_dataset)} eval)" for t in queue.stream
+            )
             print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
         print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")
         return 0
     for number, run in enumerate(runs, 1):
         if len(runs) > 1:
-            print(f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}", flush=True)
+            print(
+                f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}",
+                flush=True,
+            )
         run.queue().run()
     _print_report(root)
     return 0
@@ -199,7 +216,15 @@ def _validate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-COMMANDS = {"run": _run, "add": _add, "report": _report, "merge": _merge, "ls": _ls, "env": _env, "validate": _validate}
+COMMANDS = {
+    "run": _run,
+    "add": _add,
+    "report": _report,
+    "merge": _merge,
+    "ls": _ls,
+    "env": _env,
+    "validate": _validate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -89,7 +89,9 @@ class GradView:
 
     def mul_(self, factors: Mapping[str, Tensor]) -> None:
         """Multiply gradients in place by broadcastable factors, such as a row mask of shape [d_out, 1]."""
-        pairs = [(p.grad, factors[name]) for name, p in self._parameters.items() if name in factors and p.grad is not None]
+        pairs = [
+            (p.grad, factors[name]) for name, p in self._parameters.items() if name in factors and p.grad is not None
+        ]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [factor for _, factor in pairs])
 

@@ -24,11 +24,18 @@ from .tokenization import encode_completion, encode_prompt
 class EvaluationConfig:
     """The recipe's `evaluation:` section."""
 
-    scorer: str = field(default="exact_match", metadata={"help": "exact_match, rouge_l or label_likelihood, unless a task names its own."})
-    batch_size: int = field(default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."})
+    scorer: str = field(
+        default="exact_match",
+        metadata={"help": "exact_match, rouge_l or label_likelihood, unless a task names its own."},
+    )
+    batch_size: int = field(
+        default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."}
+    )
     max_new_tokens: int = field(default=50, metadata={"help": "Longest answer that is generated (MIGU: 50)."})
     unseen: bool = field(default=False, metadata={"help": "Also score tasks not learnt yet, for forward transfer."})
-    base_model: bool = field(default=False, metadata={"help": "Also score the model before any task, the baseline of forward transfer."})
+    base_model: bool = field(
+        default=False, metadata={"help": "Also score the model before any task, the baseline of forward transfer."}
+    )
 
     def __post_init__(self) -> None:
         if self.scorer not in SCORERS:
@@ -54,7 +61,9 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise InputError("scorer 'rouge_l' needs the package rouge-score; run `pip install 'hf-continual[eval]'`") from error
+        raise InputError(
+            "scorer 'rouge_l' needs the package rouge-score; run `pip install 'hf-continual[eval]'`"
+        ) from error
     scorer = _rouge.setdefault("rougeL", rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True))
     return max(float(scorer.score(r, prediction)["rougeL"].fmeasure) for r in references)
 
@@ -105,7 +114,11 @@ def evaluate_task(
             predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar)
         else:
             predictions = _by_generation(model, tokenizer, config, rows, encoded, order, bar)
-    settings: dict[str, Any] = {"scorer": scorer, "max_prompt_length": max_prompt_length, "batch_size": config.batch_size}
+    settings: dict[str, Any] = {
+        "scorer": scorer,
+        "max_prompt_length": max_prompt_length,
+        "batch_size": config.batch_size,
+    }
     if scorer == "label_likelihood":
         settings["labels"] = list(task.labels or ())
     else:
@@ -164,7 +177,13 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device
 
 
 def _by_generation(
-    model: Any, tokenizer: Any, config: EvaluationConfig, rows: list[Any], encoded: list[list[int]], order: list[int], bar: Any
+    model: Any,
+    tokenizer: Any,
+    config: EvaluationConfig,
+    rows: list[Any],
+    encoded: list[list[int]],
+    order: list[int],
+    bar: Any,
 ) -> list[dict[str, Any]]:
     seq2seq = is_seq2seq(model)
     device = next(model.parameters()).device
@@ -197,7 +216,9 @@ def _by_likelihood(
     """argmax over labels of log p(label, end | prompt), with each prompt encoded once and shared by its labels."""
     labels = list(task.labels or ())
     if len(labels) < 2:
-        raise InputError(f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task")
+        raise InputError(
+            f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task"
+        )
     seq2seq = is_seq2seq(model)
     device = next(model.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
@@ -260,6 +281,8 @@ def check_task(task: Task, config: EvaluationConfig) -> None:
     if task.eval_dataset is None or len(task.eval_dataset) == 0:
         raise InputError(f"task '{task.name}' has no evaluation rows; give it an eval split, or eval_fraction")
     if scorer == "label_likelihood" and len(task.labels or ()) < 2:
-        raise InputError(f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task")
+        raise InputError(
+            f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task"
+        )
     if scorer == "rouge_l":
         rouge_l("a", ["a"])

@@ -73,7 +73,9 @@ class LoraView:
         """Add an adapter shaped like the first one; all stay active, only the new one learns."""
         model = self.peft_model(method)
         if name in self.adapters:
-            raise InputError(f"method '{method}': the model already has an adapter named '{name}'; start from the base model")
+            raise InputError(
+                f"method '{method}': the model already has an adapter named '{name}'; start from the base model"
+            )
         first = model.peft_config[self.adapters[0]]
         if not isinstance(first, LoraConfig):
             raise InputError(f"method '{method}' needs LoRA adapters, not {type(first).__name__}")
@@ -136,7 +138,9 @@ class LoraView:
         config = copy.deepcopy(configs[0])
         config.r, config.lora_alpha, config.use_rslora = rank, rank, False  # scaling 1; each s_i goes into its B_i
         config.rank_pattern, config.alpha_pattern, config.inference_mode = {}, {}, True
-        ranks = {adapter_layer: sum(layer.r[a] for a in active if a in layer.r) for adapter_layer, layer in self.layers()}
+        ranks = {
+            adapter_layer: sum(layer.r[a] for a in active if a in layer.r) for adapter_layer, layer in self.layers()
+        }
         if set(ranks.values()) != {rank}:
             prefix = "base_model.model."
             config.rank_pattern = {k.removeprefix(prefix): v for k, v in ranks.items() if v != rank}

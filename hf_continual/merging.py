@@ -39,7 +39,9 @@ def merge_adapters(model: Any, tolerance: float = 1e-3) -> Any:
     wide = {torch.float32: 1.0, torch.float64: 1.0}.get(next(merged.parameters()).dtype, 50.0)
     error = float((before - after).abs().max()) / scale
     if not error <= tolerance * wide:
-        raise InputError(f"the merged model differs from the adapted one (relative error {error:.2e}); keep the adapters as they are")
+        raise InputError(
+            f"the merged model differs from the adapted one (relative error {error:.2e}); keep the adapters as they are"
+        )
     return merged
 
 

@@ -37,13 +37,19 @@ PACKAGE_PREFIX = "package:"
 class ModelConfig:
     """The recipe's `model:` section."""
 
-    name: str = field(metadata={"help": "Hub id, local folder, or package:NAME for files inside an installed package."})
+    name: str = field(
+        metadata={"help": "Hub id, local folder, or package:NAME for files inside an installed package."}
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Dtype the weights are loaded in."}
     )
-    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in there; it is dequantised, so it can learn."})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in there; it is dequantised, so it can learn."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Hub revision."})
-    pad_token: str | None = field(default=None, metadata={"help": "For tokenizers without one; 'eos' takes the end token."})
+    pad_token: str | None = field(
+        default=None, metadata={"help": "For tokenizers without one; 'eos' takes the end token."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
 
     def __post_init__(self) -> None:

@@ -54,7 +54,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -80,7 +82,11 @@ def parse_yaml(text: str, where: str) -> Any:
 def recipe_files() -> dict[str, Path]:
     """The recipes that this package brings, by their name without `.yaml`."""
     root = Path(str(importlib.resources.files("hf_continual.recipe_files")))
-    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml")) if "accelerate_configs" not in p.parts}
+    return {
+        str(p.relative_to(root).with_suffix("")): p
+        for p in sorted(root.rglob("*.yaml"))
+        if "accelerate_configs" not in p.parts
+    }
 
 
 def find_recipe(name: str) -> Path:
@@ -96,7 +102,9 @@ def find_recipe(name: str) -> Path:
     key = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("recipes/")
     if key in brought:
         return brought[key]
-    raise InputError(f"recipe {name}: there is no such file, and no such recipe in the package{did_you_mean(key, brought)}")
+    raise InputError(
+        f"recipe {name}: there is no such file, and no such recipe in the package{did_you_mean(key, brought)}"
+    )
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -213,9 +221,14 @@ def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] 
         if overlay is not None and not isinstance(overlay, dict):
             raise InputError(f"variants.{variant}={overlay!r} must be a mapping of sections")
         _known(overlay or {}, SECTIONS, f"variants.{variant}.")
-        merged = apply_overrides(_overlay(recipe, overlay or {}), {k: v for k, v in overrides.items() if not k.startswith(("variants", "run_dir"))})
+        merged = apply_overrides(
+            _overlay(recipe, overlay or {}),
+            {k: v for k, v in overrides.items() if not k.startswith(("variants", "run_dir"))},
+        )
         seeds = merged.pop("seeds", None)
-        if seeds is not None and (not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) for s in seeds)):
+        if seeds is not None and (
+            not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) for s in seeds)
+        ):
             raise InputError(f"seeds={seeds!r} must be a list of whole numbers")
         for seed in seeds or [merged.get("seed", 42)]:
             if not isinstance(seed, int) or isinstance(seed, bool):
@@ -233,7 +246,9 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(recipe.get("model"), (dict, str)):
         raise InputError("model: is missing; give at least {name: HUB_ID_OR_FOLDER}")
     if not recipe.get("tasks"):
-        raise InputError(f"tasks: is missing; give a list of tasks or {{stream: NAME}} with one of {', '.join(stream_names())}")
+        raise InputError(
+            f"tasks: is missing; give a list of tasks or {{stream: NAME}} with one of {', '.join(stream_names())}"
+        )
     model = {"name": recipe["model"]} if isinstance(recipe["model"], str) else recipe["model"]
     resolved = {
         "name": str(recipe.get("name", "run")),
@@ -256,7 +271,9 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"training={resolved['training']!r} must map training arguments to values")
     for taken in ("output_dir", "methods", "seed"):
         if taken in resolved["training"]:
-            raise InputError(f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of the recipe")
+            raise InputError(
+                f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of the recipe"
+            )
     make_training_args({"output_dir": "unused", **resolved["training"]}, seq2seq=True)
     if not isinstance(resolved["joint"], bool):
         raise InputError(f"joint={resolved['joint']!r} must be true or false")
@@ -278,7 +295,9 @@ def _check_tasks(tasks: Any) -> None:
     if isinstance(tasks, dict):
         _known(tasks, STREAM_KEYS, "tasks.")
         if "stream" not in tasks:
-            raise InputError(f"tasks.stream is missing; choose one of {', '.join(stream_names())}, or give a list of tasks")
+            raise InputError(
+                f"tasks.stream is missing; choose one of {', '.join(stream_names())}, or give a list of tasks"
+            )
     elif isinstance(tasks, list):
         for i, spec in enumerate(tasks):
             if not isinstance(spec, dict):
@@ -297,7 +316,9 @@ def load_tasks(tasks: Any, base_dir: Path, seed: int) -> list[Task]:
     for name, training in (tasks.get("training") or {}).items():
         matching = [task for task in stream if task.name == name]
         if not matching:
-            raise InputError(f"tasks.training.{name}: the stream has no such task{did_you_mean(name, [t.name for t in stream])}")
+            raise InputError(
+                f"tasks.training.{name}: the stream has no such task{did_you_mean(name, [t.name for t in stream])}"
+            )
         matching[0].training = dict(training)
     if tasks.get("order"):
         by_name = {task.name: task for task in stream}
@@ -315,7 +336,9 @@ def open_run(run_dir: str | Path) -> Run:
         raise InputError(f"{directory.path} is no run directory: it has no recipe.yaml; run a recipe first")
     stored = directory.read_recipe()
     if stored.get("python"):
-        raise InputError(f"run directory {directory.path} was started from Python; continue it there with TaskQueue(...).run()")
+        raise InputError(
+            f"run directory {directory.path} was started from Python; continue it there with TaskQueue(...).run()"
+        )
     variant, base_dir = stored.pop("variant", None), Path(stored.pop("base_dir", "."))
     return Run(resolve(stored), directory.path, base_dir, variant, int(stored["seed"]))
 
@@ -356,7 +379,10 @@ def with_absolute_paths(spec: Any, base_dir: Path) -> Any:
 def _overlay(base: Any, over: Any) -> Any:
     """Mappings are laid over key by key; anything else replaces."""
     if isinstance(base, dict) and isinstance(over, dict):
-        return {k: _overlay(base[k], over[k]) if k in base and k in over else copy.deepcopy(over.get(k, base.get(k))) for k in [*base, *(k for k in over if k not in base)]}
+        return {
+            k: _overlay(base[k], over[k]) if k in base and k in over else copy.deepcopy(over.get(k, base.get(k)))
+            for k in [*base, *(k for k in over if k not in base)]
+        }
     return copy.deepcopy(over)
 
 
@@ -373,7 +399,11 @@ def _build(cls: Any, options: Any, section: str) -> Any:
     try:
         return cls(**options)
     except TypeError as error:
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in options]
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in options
+        ]
         raise InputError(f"{section}: {'the key ' + missing[0] + ' is missing' if missing else error}") from error
 
 

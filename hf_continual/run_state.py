@@ -103,7 +103,9 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise InputError(f"run directory {self.path} is in use by another process; wait for it or use another") from error
+                raise InputError(
+                    f"run directory {self.path} is in use by another process; wait for it or use another"
+                ) from error
             try:
                 yield
             finally:
@@ -186,8 +188,12 @@ class RunDirectory:
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path} is missing; restore it, or start again in another run directory")
-            if path.stat().st_size != expected["bytes"] or ("sha256" in expected and _checksum(path) != expected["sha256"]):
-                raise InputError(f"{path} is truncated or was edited; restore it, or start again in another run directory")
+            if path.stat().st_size != expected["bytes"] or (
+                "sha256" in expected and _checksum(path) != expected["sha256"]
+            ):
+                raise InputError(
+                    f"{path} is truncated or was edited; restore it, or start again in another run directory"
+                )
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +261,10 @@ def disk_full(error: BaseException) -> bool:
         if isinstance(chain, OSError) and chain.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
             return True
         text = str(chain)
-        if any(sign in text for sign in ("No space left", "os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed")):
+        if any(
+            sign in text
+            for sign in ("No space left", "os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed")
+        ):
             return True
         chain = chain.__cause__ or chain.__context__
     return False

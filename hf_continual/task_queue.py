@@ -47,7 +47,9 @@ JOINT = "joint"
 class DataConfig:
     """The recipe's `data:` section: how rows become tokens."""
 
-    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts lose text before their last line (MIGU: 512)."})
+    max_prompt_length: int = field(
+        default=512, metadata={"help": "Longer prompts lose text before their last line (MIGU: 512)."}
+    )
     max_completion_length: int = field(default=50, metadata={"help": "Longer answers are cut (MIGU: 50)."})
 
     def __post_init__(self) -> None:
@@ -139,7 +141,9 @@ class TaskQueue:
         self._peft_config = peft_config
         self._args = args if args is not None else {}
         self._data = data if isinstance(data, DataConfig) else DataConfig(**(data or {}))
-        self._evaluation = evaluation if isinstance(evaluation, EvaluationConfig) else EvaluationConfig(**(evaluation or {}))
+        self._evaluation = (
+            evaluation if isinstance(evaluation, EvaluationConfig) else EvaluationConfig(**(evaluation or {}))
+        )
         self._method_specs = [methods] if isinstance(methods, (str, Mapping)) else list(methods)
         self.seed, self.joint, self.variant = seed, joint, variant
         self._trainer_class = trainer_class
@@ -277,7 +281,9 @@ class TaskQueue:
             return
         state = transformers.TrainerState()
         for index in (0, 1):
-            ctx = MethodContext(model, Task("check", index=index), Distributed(), LoraView(model), state, 0, lambda n, v: None)
+            ctx = MethodContext(
+                model, Task("check", index=index), Distributed(), LoraView(model), state, 0, lambda n, v: None
+            )
             methods.check(ctx)
             methods.on_task_begin(ctx)
 
@@ -296,7 +302,10 @@ class TaskQueue:
 
     def _write_queue(self, cursor: int) -> None:
         learnt = self.learnt_tasks
-        tasks = [{"name": t.name, "folder": t.folder, "rows": len(t.train_dataset), "hash": content_hash(t.train_dataset)} for t in learnt]
+        tasks = [
+            {"name": t.name, "folder": t.folder, "rows": len(t.train_dataset), "hash": content_hash(t.train_dataset)}
+            for t in learnt
+        ]
         scored = [t for t in self.stream]
         done = [t for t in learnt if self.directory.is_learnt(t)]
         self.directory.write_scores(self.directory.cells(done, scored))
@@ -365,7 +374,9 @@ class TaskQueue:
         args = self._training_args(task, seq2seq)
         trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
         if not issubclass(trainer_class, ContinualMixin):
-            raise InputError(f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})")
+            raise InputError(
+                f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})"
+            )
         kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop]
         trainer = trainer_class(
@@ -407,7 +418,11 @@ class TaskQueue:
         return self._tokenize(task.train_dataset)
 
     def _tokenize(self, dataset: Any) -> Any:
-        if isinstance(dataset, datasets.Dataset) and "input_ids" not in dataset.column_names and "prompt" in dataset.column_names:
+        if (
+            isinstance(dataset, datasets.Dataset)
+            and "input_ids" not in dataset.column_names
+            and "prompt" in dataset.column_names
+        ):
             return tokenize_dataset(
                 dataset, self.tokenizer, seq2seq=is_seq2seq(self._model),  # type: ignore[arg-type]
                 max_prompt_length=self._data.max_prompt_length, max_completion_length=self._data.max_completion_length,
@@ -445,7 +460,9 @@ class TaskQueue:
     def _check_model(self, model: Any) -> None:
         words, tokens = model.get_input_embeddings().weight.shape[0], len(self.tokenizer)
         if tokens > words:
-            raise InputError(f"the tokenizer has {tokens} tokens and the model embeds only {words}; use the model's own tokenizer")
+            raise InputError(
+                f"the tokenizer has {tokens} tokens and the model embeds only {words}; use the model's own tokenizer"
+            )
 
     def _ensure_model(self, index: int) -> None:
         """Have the model after task `index` in memory (-1: before any task), from memory or from its commit."""
@@ -500,7 +517,9 @@ class TaskQueue:
 
     def _evaluate_missing(self, learnt: int) -> None:
         tasks = self.learnt_tasks
-        for index, task in sorted(self._missing_cells(learnt), key=lambda c: (c[0] != self._model_at, c[0], c[1].index)):
+        for index, task in sorted(
+            self._missing_cells(learnt), key=lambda c: (c[0] != self._model_at, c[0], c[1].index)
+        ):
             self._ensure_model(index)
             after = tasks[index] if index >= 0 else None
             name = after.name if after is not None else "no task"
@@ -580,7 +599,9 @@ def load_full(model: nn.Module, folder: Path) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     if unexpected or set(missing) - tied:
-        raise InputError(f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two")
+        raise InputError(
+            f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two"
+        )
     if hasattr(model, "tie_weights"):
         model.tie_weights()
 
@@ -619,14 +640,26 @@ def _changed(args: TrainingArguments) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     from . import __version__
 
-    modules = {"torch": torch, "transformers": transformers, "peft": peft, "accelerate": accelerate, "datasets": datasets}
-    return {"hf_continual": __version__, "python": platform.python_version(), **{k: m.__version__ for k, m in modules.items()}}
+    modules = {
+        "torch": torch,
+        "transformers": transformers,
+        "peft": peft,
+        "accelerate": accelerate,
+        "datasets": datasets,
+    }
+    return {
+        "hf_continual": __version__,
+        "python": platform.python_version(),
+        **{k: m.__version__ for k, m in modules.items()},
+    }
 
 
 def git_commit() -> str | None:
     """The commit of this package's checkout, if it is one."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

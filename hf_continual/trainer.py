@@ -55,7 +55,11 @@ class ContinualMixin:
         from_args = getattr(self.args, "methods", None)  # type: ignore[has-type]
         if methods is not None and from_args:
             raise InputError("methods are given twice, to the trainer and in args.methods; give them once")
-        self.methods = methods if isinstance(methods, MethodList) else MethodList(methods if methods is not None else from_args or ())
+        self.methods = (
+            methods
+            if isinstance(methods, MethodList)
+            else MethodList(methods if methods is not None else from_args or ())
+        )
         self.task = task
         self.dist = Distributed(self.accelerator)
         self.ctx: MethodContext | None = None
@@ -78,8 +82,10 @@ class ContinualMixin:
             self._check_finite()
             return output
         if trial is not None:
-            raise InputError("hyperparameter search cannot run with methods, whose state one trial hands to the next; "
-                             "search without methods, or start one run per trial")
+            raise InputError(
+                "hyperparameter search cannot run with methods, whose state one trial hands to the next; "
+                "search without methods, or start one run per trial"
+            )
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
             self._load_methods(checkpoint)  # how many tasks are done, before the task begins
@@ -132,7 +138,9 @@ class ContinualMixin:
         if extra:
             for name, value in extra.items():
                 self._log_value(name, value)
-            loss = loss + self._like_task_loss(torch.stack([v.to(loss.device) for v in extra.values()]).sum(), num_items_in_batch)
+            loss = loss + self._like_task_loss(
+                torch.stack([v.to(loss.device) for v in extra.values()]).sum(), num_items_in_batch
+            )
         return (loss, outputs) if return_outputs else loss
 
     def _like_task_loss(self, extra: Tensor, num_items_in_batch: Any) -> Tensor:
@@ -143,7 +151,9 @@ class ContinualMixin:
         """
         scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
         if scaled is None:
-            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+            scaled = (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            ) or self.compute_loss_func is not None
         return extra / self.current_gradient_accumulation_steps if scaled else extra
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -225,8 +235,10 @@ class ContinualMixin:
     def _load_methods(self, checkpoint: Path) -> None:
         folder = Path(checkpoint) / STATE_FOLDER
         if not folder.is_dir():
-            raise InputError(f"{checkpoint} was saved without the methods {[m.name for m in self.methods]}; resume with the "
-                             "methods it was trained with, or train the task again from its start")
+            raise InputError(
+                f"{checkpoint} was saved without the methods {[m.name for m in self.methods]}; resume with the "
+                "methods it was trained with, or train the task again from its start"
+            )
         self.methods.load(folder)
 
     def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
@@ -272,5 +284,3 @@ class ContinualTrainer(ContinualMixin, Trainer):
 
 class ContinualSeq2SeqTrainer(ContinualMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] that learns one task after another without forgetting."""
-
-

@@ -26,7 +26,9 @@ class ContinualArgumentsMixin:
 
     methods: list[Any] | None = field(
         default=None,
-        metadata={"help": "Continual-learning methods, by name or as JSON such as '{\"name\": \"migu\", \"threshold\": 0.7}'."},
+        metadata={
+            "help": 'Continual-learning methods, by name or as JSON such as \'{"name": "migu", "threshold": 0.7}\'.'
+        },
     )
     stop_on_nonfinite_loss: bool = field(
         default=False, metadata={"help": "Stop with a sentence when the loss becomes NaN or infinite."}
@@ -44,7 +46,7 @@ def _parse(spec: Any) -> Any:
         try:
             return json.loads(spec)
         except json.JSONDecodeError as error:
-            raise InputError(f"methods: {spec!r} is not JSON ({error}); write '{{\"name\": \"migu\"}}'") from error
+            raise InputError(f'methods: {spec!r} is not JSON ({error}); write \'{{"name": "migu"}}\'') from error
     return spec
 
 

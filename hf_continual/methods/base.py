@@ -93,7 +93,12 @@ class ContinualMethod(Generic[ConfigT]):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
         for attribute, value in list(cls.__dict__.items()):
-            if attribute.startswith("_") or attribute in HOOKS or not callable(value) or hasattr(ContinualMethod, attribute):
+            if (
+                attribute.startswith("_")
+                or attribute in HOOKS
+                or not callable(value)
+                or hasattr(ContinualMethod, attribute)
+            ):
                 continue
             if attribute.startswith(("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_")):
                 raise TypeError(f"{cls.__name__}.{attribute} is not a hook{did_you_mean(attribute, HOOKS)}")
@@ -266,7 +271,9 @@ def method_class(name: str) -> type[ContinualMethod[Any]]:
     return next(
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, ContinualMethod) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, ContinualMethod)
+        and value.__module__ == module.__name__
         and value.name == name
     )
 

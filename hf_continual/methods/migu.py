@@ -36,21 +36,28 @@ from .base import ContinualMethod, MethodContext
 class MIGUConfig:
     threshold: float = field(
         default=0.7,
-        metadata={"help": "T, the share of rows that stay. Paper: 0.7 for FT, LoRA and IncLoRA, 0.4 with replay, 0.05 "
-                          "(App. A) or 0.1 (App. F) with O-LoRA. 0 masks nothing."},
+        metadata={
+            "help": "T, the share of rows that stay. Paper: 0.7 for FT, LoRA and IncLoRA, 0.4 with replay, 0.05 "
+            "(App. A) or 0.1 (App. F) with O-LoRA. 0 masks nothing."
+        },
     )
     targets: str | None = field(
         default=None,
-        metadata={"help": "Regular expression (re.search) on module names; default: every Linear whose weight learns, "
-                          "and every LoRA layer."},
+        metadata={
+            "help": "Regular expression (re.search) on module names; default: every Linear whose weight learns, "
+            "and every LoRA layer."
+        },
     )
     include_lm_head: bool = field(
         default=False,
-        metadata={"help": "Also mask the output embedding. The code does, the paper does not; with tied embeddings it "
-                          "zeroes gradients of the input embedding of rare tokens, hence off."},
+        metadata={
+            "help": "Also mask the output embedding. The code does, the paper does not; with tied embeddings it "
+            "zeroes gradients of the input embedding of rare tokens, hence off."
+        },
     )
     skip_first_task: bool = field(
-        default=True, metadata={"help": "Learn the first task without a mask, as the code does; the paper is always on."}
+        default=True,
+        metadata={"help": "Learn the first task without a mask, as the code does; the paper is always on."},
     )
     ignore_padding: bool = field(
         default=False, metadata={"help": "Leave padding tokens out of the sum; the code counts them."}
@@ -61,16 +68,22 @@ class MIGUConfig:
     sync: bool = field(default=True, metadata={"help": "Add the statistic up over ranks, so that all use one mask."})
     scope: Literal["step", "micro_batch"] = field(
         default="step",
-        metadata={"help": "One mask per optimizer step (the code), or one per micro-batch, applied before accumulation."},
+        metadata={
+            "help": "One mask per optimizer step (the code), or one per micro-batch, applied before accumulation."
+        },
     )
     select: Literal["quantile", "topk"] = field(
         default="quantile",
-        metadata={"help": "Rows at or above the interpolated quantile (the code), or exactly d - floor(T d) (the paper)."},
+        metadata={
+            "help": "Rows at or above the interpolated quantile (the code), or exactly d - floor(T d) (the paper)."
+        },
     )
     mask: Literal["gradient", "update"] = field(
         default="gradient",
-        metadata={"help": "Zero the gradient (the code; AdamW still moves the row through momentum and weight decay), or "
-                          "undo the whole update of the row (Eq. 6 as written)."},
+        metadata={
+            "help": "Zero the gradient (the code; AdamW still moves the row through momentum and weight decay), or "
+            "undo the whole update of the row (Eq. 6 as written)."
+        },
     )
     mask_bias: bool = field(default=False, metadata={"help": "Mask the bias with its row; the code leaves it alone."})
     lora_b_stat: Literal["x_O", "x_B"] = field(
@@ -81,8 +94,12 @@ class MIGUConfig:
         valid = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not valid or not 0.0 <= self.threshold < 1.0:
             raise InputError(f"method 'migu': threshold={self.threshold!r} must lie in [0, 1); the paper uses 0.7")
-        choices = {"scope": ("step", "micro_batch"), "select": get_args(Select), "mask": ("gradient", "update"),
-                   "lora_b_stat": ("x_O", "x_B")}
+        choices = {
+            "scope": ("step", "micro_batch"),
+            "select": get_args(Select),
+            "mask": ("gradient", "update"),
+            "lora_b_stat": ("x_O", "x_B"),
+        }
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise InputError(
@@ -94,7 +111,9 @@ class MIGUConfig:
             try:
                 re.compile(self.targets)
             except (re.error, TypeError) as error:
-                raise InputError(f"method 'migu': targets={self.targets!r} is no regular expression ({error})") from error
+                raise InputError(
+                    f"method 'migu': targets={self.targets!r} is no regular expression ({error})"
+                ) from error
 
 
 Select = Literal["quantile", "topk"]
@@ -169,10 +188,15 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
                     continue
                 x_o = (module, name) if config.lora_b_stat == "x_O" else (b, f"{name}.lora_B.{adapter}")
                 targets.append(
-                    Target(f"{name}.lora_A.{adapter}.weight", None, a, f"{name}.lora_A.{adapter}", a.out_features, 0))
+                    Target(f"{name}.lora_A.{adapter}.weight", None, a, f"{name}.lora_A.{adapter}", a.out_features, 0)
+                )
                 bias = f"{name}.lora_B.{adapter}.bias" if b.bias is not None else None
                 targets.append(Target(f"{name}.lora_B.{adapter}.weight", bias, *x_o, b.out_features, 0))
-        elif isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad and not name.startswith(inside_lora):
+        elif (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module.weight.requires_grad
+            and not name.startswith(inside_lora)
+        ):
             if lora_layers or (module is head and not config.include_lm_head):
                 continue  # with LoRA only A and B are masked; fully trained modules_to_save are heads
             out_dim = 1 if isinstance(module, Conv1D) else 0
@@ -209,7 +233,9 @@ class MIGU(ContinualMethod[MIGUConfig]):
     def on_task_begin(self, ctx: MethodContext) -> None:
         self._targets = find_targets(ctx, self.config)
         total = sum(target.rows for target in self._targets)
-        device = ctx.dist.accelerator.device if ctx.dist.accelerator is not None else next(ctx.model.parameters()).device
+        device = (
+            ctx.dist.accelerator.device if ctx.dist.accelerator is not None else next(ctx.model.parameters()).device
+        )
         # One flat fp32 vector for all layers, with a view per layer and per width.
         self._magnitude = torch.zeros(total, device=device)
         self._mask = torch.ones(total, device=device)
@@ -238,7 +264,9 @@ class MIGU(ContinualMethod[MIGUConfig]):
         for i, target in enumerate(self._targets):
             functions[target.tap] = partial(self._add, i, target.tap_name)
         if self.config.scope == "micro_batch":
-            names = [n for t in self._targets for n in (t.weight, t.bias) if n and (n == t.weight or self.config.mask_bias)]
+            names = [
+                n for t in self._targets for n in (t.weight, t.bias) if n and (n == t.weight or self.config.mask_bias)
+            ]
             self._hooks = MicroBatchMasks(ctx.model, names)
         self._tap = OutputTap(functions)
         try:
@@ -305,7 +333,9 @@ class MIGU(ContinualMethod[MIGUConfig]):
     def on_task_end(self, ctx: MethodContext) -> None:
         if self.steps_ and self.updates_ is not None:
             share = (self.updates_ / self.steps_).cpu()
-            parts = dict(zip([t.tap_name for t in self._targets], share.split([t.rows for t in self._targets]), strict=True))
+            parts = dict(
+                zip([t.tap_name for t in self._targets], share.split([t.rows for t in self._targets]), strict=True)
+            )
             top = {name: keep_mask(part, self.config.threshold, "topk") for name, part in parts.items()}
             both = {name: (top[name] & rows, top[name] | rows) for name, rows in self.top_rows_.items() if name in top}
             self.overlap_ = {name: float(a.sum() / o.sum()) for name, (a, o) in both.items()}
@@ -316,7 +346,9 @@ class MIGU(ContinualMethod[MIGUConfig]):
         self._cast, self._targets = self._mask, []
 
 
-CROSS_KEYS = re.compile(r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(\w+\.)*(k|v|key|value)(_proj)?(\.|$)", re.I)
+CROSS_KEYS = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(\w+\.)*(k|v|key|value)(_proj)?(\.|$)", re.I
+)
 
 
 def padding_masks(batch: Mapping[str, Any], encoder_decoder: bool) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 r"""Naive sequential fine-tuning: the lower bound every method is compared with.
 
-    theta_t = argmin_theta L_t(theta), started at theta_{t-1}
+theta_t = argmin_theta L_t(theta), started at theta_{t-1}
 """
 
 from __future__ import annotations

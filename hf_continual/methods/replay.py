@@ -80,6 +80,10 @@ class Replay(ContinualMethod[ReplayConfig]):
             kept = datasets.Dataset.from_list([dict(self._current[i]) for i in chosen])
             if isinstance(self._current, datasets.Dataset):
                 kept = kept.cast(self._current.features)
-            self.buffer_ = kept if self.buffer_ is None else datasets.concatenate_datasets([self.buffer_, kept.cast(self.buffer_.features)])
+            self.buffer_ = (
+                kept
+                if self.buffer_ is None
+                else datasets.concatenate_datasets([self.buffer_, kept.cast(self.buffer_.features)])
+            )
         self.sizes_[ctx.task.name] = size
         self._current = None
