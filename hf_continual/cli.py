@@ -10,13 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import InputError, Interrupted
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; see {self.prog} --help")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-continual", description="Learn one task after another without forgetting."
+    parser = _Parser(
+        prog="hf-continual", description="Learn one task after another without forgetting.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -59,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    args, rest = make_parser().parse_known_args(argv)
     try:
+        args, rest = make_parser().parse_known_args(argv)
         if rest and args.command != "run":
             raise InputError(
                 f"command line: {args.command} has no option {rest[0]}; see hf-continual {args.command} --help"
@@ -74,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except Exception as error:
+        from .run_state import disk_full
+
+        if not disk_full(error):
+            raise
+        print("error: the disk is full; free some space and run the same command again", file=sys.stderr)
+        return 2
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -141,7 +154,7 @@ def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
     path = Path(args.task)
     if not path.is_file():
         raise InputError(f"task {args.task}: there is no such file; write a YAML file with name and path")
-    spec = recipes.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    spec = recipes.parse_yaml(recipes.read_text(path, "task"), str(path))
     queue = recipes.add_task(args.run, recipes.with_absolute_paths(spec, path.parent.resolve()))
     print(f"added task '{queue.stream[-1].name}' to {args.run}")
     if not args.no_run:
@@ -208,8 +221,11 @@ def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _validate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    import gc
+
     from .testing import check_method
 
+    gc.freeze()  # every check trains a tiny model, and the Trainer collects garbage each time
     results = check_method(args.method, report=lambda line: print(line, flush=True))
     failed = [result for result in results if not result.passed]
     print(f"{args.method}: {len(results) - len(failed)} checks passed, {len(failed)} failed")

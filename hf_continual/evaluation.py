@@ -44,6 +44,9 @@ class EvaluationConfig:
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"evaluation.{option}={value!r} must be a whole number above 0")
+        for option in ("unseen", "base_model"):
+            if not isinstance(getattr(self, option), bool):
+                raise InputError(f"evaluation.{option}={getattr(self, option)!r} must be true or false")
 
 
 def normalize_answer(text: str) -> str:

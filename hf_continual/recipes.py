@@ -24,7 +24,7 @@ from .errors import InputError, did_you_mean
 from .evaluation import EvaluationConfig
 from .methods.base import MethodList
 from .models import ModelConfig
-from .run_state import RunDirectory
+from .run_state import RunDirectory, write_text
 from .streams import load_stream, stream_names
 from .task_queue import DataConfig, TaskQueue, make_training_args
 from .tasks import Task
@@ -49,9 +49,17 @@ STREAM_KEYS = ("stream", "data_dir", "train_rows", "eval_rows", "scorer", "train
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as everyone who writes a learning rate expects."""
+    """YAML that reads 1e-4 as a number and `no` as a word, as everyone expects of a learning rate and a strategy."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -190,12 +198,24 @@ class Run:
 
 def added_tasks(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "added_tasks.yaml"
-    return list(parse_yaml(path.read_text(), str(path)) or []) if path.exists() else []
+    if not path.exists():
+        return []
+    added = parse_yaml(read_text(path, "added tasks"), str(path))
+    if not isinstance(added, list) or not all(isinstance(spec, dict) for spec in added):
+        raise InputError(f"{path} is truncated or was edited; restore it: a list of tasks")
+    return added
+
+
+def read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} cannot be read ({error}); give a YAML file in UTF-8") from error
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
-    recipe = parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path}")
+    recipe = parse_yaml(read_text(path, "recipe"), f"recipe {path}")
     if not isinstance(recipe, dict):
         raise InputError(f"recipe {path} is no mapping; write sections such as `model:` and `tasks:`")
     return {"name": path.stem, **recipe}
@@ -313,7 +333,13 @@ def load_tasks(tasks: Any, base_dir: Path, seed: int) -> list[Task]:
         return [load_task(spec, base_dir=base_dir, seed=seed) for spec in tasks]
     options = {k: v for k, v in tasks.items() if k not in ("stream", "training", "order")}
     stream = load_stream(tasks["stream"], base_dir=base_dir, seed=seed, **options)
-    for name, training in (tasks.get("training") or {}).items():
+    changes = tasks.get("training") or {}
+    if not isinstance(changes, dict) or not all(isinstance(c, dict) for c in changes.values()):
+        raise InputError(f"tasks.training={changes!r} must map task names to training arguments")
+    order = tasks.get("order")
+    if order is not None and not isinstance(order, list):
+        raise InputError(f"tasks.order={order!r} must be a list of task names")
+    for name, training in changes.items():
         matching = [task for task in stream if task.name == name]
         if not matching:
             raise InputError(
@@ -339,8 +365,15 @@ def open_run(run_dir: str | Path) -> Run:
         raise InputError(
             f"run directory {directory.path} was started from Python; continue it there with TaskQueue(...).run()"
         )
-    variant, base_dir = stored.pop("variant", None), Path(stored.pop("base_dir", "."))
-    return Run(resolve(stored), directory.path, base_dir, variant, int(stored["seed"]))
+    variant, base_dir = stored.pop("variant", None), Path(str(stored.pop("base_dir", ".")))
+    try:
+        _known(stored, SECTIONS, "")
+        resolved = resolve(stored)
+    except InputError as error:
+        raise InputError(
+            f"{directory.path / 'recipe.yaml'} is truncated or was edited ({error}); restore it"
+        ) from error
+    return Run(resolved, directory.path, base_dir, variant, resolved["seed"])
 
 
 def add_task(run_dir: str | Path, spec: Any) -> TaskQueue:
@@ -351,10 +384,10 @@ def add_task(run_dir: str | Path, spec: Any) -> TaskQueue:
     _known(spec, TASK_KEYS, "task: ")
     queue = run.queue()
     added = added_tasks(run.run_dir)
-    queue.add(load_task(spec, base_dir=run.base_dir, seed=run.seed_of_data))
-    from .run_state import write_text
-
-    write_text(run.run_dir / "added_tasks.yaml", yaml.safe_dump([*added, spec], sort_keys=False))
+    # Before queue.json: a process killed in between leaves a longer stream, which the next run learns.
+    path, text = run.run_dir / "added_tasks.yaml", yaml.safe_dump([*added, spec], sort_keys=False)
+    task = load_task(spec, base_dir=run.base_dir, seed=run.seed_of_data)
+    queue.add(task, record=lambda: write_text(path, text))
     return queue
 
 

@@ -71,6 +71,13 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def try_json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except InputError:
+        return None
+
+
 def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -95,11 +102,37 @@ class RunDirectory:
     def exists(self) -> bool:
         return (self.path / "queue.json").exists() or self.tasks.exists()
 
+    @property
+    def holds_learning(self) -> bool:
+        """Whether anything would be lost by starting anew: a task, a score or a whole checkpoint."""
+        found = [self.tasks, self.path / "base" / "predictions"]
+        if any(folder.is_dir() and any(folder.iterdir()) for folder in found):
+            return True
+        if any((self.path / "work").glob("*/checkpoint-*/trainer_state.json")):
+            return True
+        queue = self.path / "queue.json"
+        return queue.exists() and (not isinstance(read := try_json(queue), dict) or read.get("schema") != SCHEMA)
+
+    def start(self, recipe: dict[str, Any]) -> None:
+        """Record a new run's recipe, over that of an attempt which learnt nothing."""
+        for stale in ("queue.json", "scores.jsonl"):
+            (self.path / stale).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "work", ignore_errors=True)
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time works in a run directory."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            if disk_full(error):
+                raise
+            raise InputError(
+                f"run_dir={self.path}: no folder can be made or written there ({error.strerror}); give another run_dir"
+            ) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -124,15 +157,17 @@ class RunDirectory:
                 "continue it with the version that made it, or use another run directory"
             )
         tasks, cursor = queue.get("tasks"), queue.get("cursor")
-        if not isinstance(tasks, list) or not isinstance(cursor, int) or not 0 <= cursor <= len(tasks):
+        entries = isinstance(tasks, list) and all(isinstance(t, dict) and {"name", "hash"} <= t.keys() for t in tasks)
+        if not entries or type(cursor) is not int or not 0 <= cursor <= len(tasks):
             raise InputError(f"{self.path / 'queue.json'} was edited: its tasks and cursor do not fit; restore it")
         return queue
 
     def write_queue(self, queue: dict[str, Any]) -> None:
         write_json(self.path / "queue.json", {"schema": SCHEMA, **queue})
 
-    def write_recipe(self, recipe: dict[str, Any]) -> None:
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    def recipe_checksum(self) -> str | None:
+        path = self.path / "recipe.yaml"
+        return _checksum(path) if path.is_file() else None
 
     def read_recipe(self) -> dict[str, Any]:
         path = self.path / "recipe.yaml"
@@ -179,12 +214,23 @@ class RunDirectory:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self.drop_work(task)
+
+    def drop_work(self, task: Task) -> None:
+        """Remove the checkpoints of a task."""
         shutil.rmtree(self.work_folder(task), ignore_errors=True)
+        with suppress(OSError):
+            self.work_folder(task).parent.rmdir()
 
     def check_task(self, task: Task) -> None:
         """Raises InputError if a file of a learnt task is missing or changed."""
         folder = self.task_folder(task)
-        for name, expected in read_json(folder / "manifest.json").items():
+        manifest = read_json(folder / "manifest.json")
+        if not isinstance(manifest, dict) or not all(isinstance(v, dict) and "bytes" in v for v in manifest.values()):
+            raise InputError(
+                f"{folder / 'manifest.json'} was edited; restore it, or start again in another run directory"
+            )
+        for name, expected in manifest.items():
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path} is missing; restore it, or start again in another run directory")
@@ -227,30 +273,50 @@ class RunDirectory:
         for after in [None, *learnt]:
             for task in scored:
                 if self.has_cell(after, task):
-                    row = read_json(self.prediction_folder(after) / f"{task.name}.json")
-                    row.pop("settings", None)
-                    rows.append(row)
+                    rows.append(self._read_cell(after, task))
         return rows
+
+    def _read_cell(self, after: Task | None, task: Task) -> dict[str, Any]:
+        path = self.prediction_folder(after) / f"{task.name}.json"
+        row = try_json(path)
+        expected = {
+            "after_task": after.name if after is not None else None, "after_index": after.index if after is not None else -1,
+            "task": task.name, "task_index": task.index,
+        }  # fmt: skip
+        if (
+            not isinstance(row, dict)
+            or any(row.get(key, "") != value for key, value in expected.items())
+            or not isinstance(row.get("score"), float)
+        ):
+            raise InputError(
+                f"{path} is truncated or was edited; delete it and run again, the task is then scored again"
+            )
+        row.pop("settings", None)
+        return row
 
     def write_scores(self, rows: list[dict[str, Any]]) -> None:
         write_text(self.path / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def check_scores(self, rows: list[dict[str, Any]]) -> None:
-        """Raises InputError if scores.jsonl does not say what the cells of the committed tasks say."""
+    def check_scores(self, rows: list[dict[str, Any]], names: set[str]) -> None:
+        """Raises InputError if scores.jsonl does not say what the cells of the committed tasks say.
+
+        A line of a known task (one of `names`) whose cell was deleted passes: it is scored again.
+        """
         path = self.path / "scores.jsonl"
         if not path.exists():
             return
         known = {(row["after_task"], row["task"]): row for row in rows}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-                same = known[(row["after_task"], row["task"])] == row
+                cell = row["after_task"], row["task"]
+                same = known[cell] == row if cell in known else {*cell} <= {None, *names}
             except (ValueError, KeyError, TypeError):
                 same = False
             if not same:
                 raise InputError(
-                    f"{path} line {number} is truncated or was edited; delete the file and run again, it is rebuilt from "
-                    "tasks/*/predictions"
+                    f"{path} line {number} is truncated or was edited, or the prediction file behind it; delete {path.name} "
+                    "and run again, it is rebuilt from tasks/*/predictions"
                 )
 
 

@@ -7,9 +7,11 @@ import dataclasses
 import gc
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import threading
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,14 +35,15 @@ from .errors import InputError, Interrupted, did_you_mean
 from .evaluation import EvaluationConfig, check_task, evaluate_task
 from .lora import LoraView
 from .methods.base import MethodList
-from .models import ModelConfig, apply_lora, fix_loss_scaling, is_seq2seq, load_model, load_tokenizer
-from .run_state import RunDirectory, disk_full, read_json, write_json
+from .models import ModelConfig, apply_lora, fix_loss_scaling, is_seq2seq, library_bars, load_model, load_tokenizer
+from .run_state import RunDirectory, disk_full, read_json, try_json, write_json
 from .tasks import Task, check_stream
 from .tokenization import ensure_pad_token, tokenize_dataset
 from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, last_complete_checkpoint
 from .training_args import ContinualSeq2SeqTrainingArguments, ContinualTrainingArguments
 
 JOINT = "joint"
+SIZES = "sizes.json"
 
 
 @dataclass
@@ -88,6 +91,16 @@ class _StopAtSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
             if self.trainer is not None:
                 self.trainer.interrupted = True
+
+
+class _CheckpointSizes(TrainerCallback):
+    """Notes the size of every file of a checkpoint, so that a damaged one is not resumed from."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SIZES)
+            write_json(folder / SIZES, {str(p.relative_to(folder)): p.stat().st_size for p in files})
 
 
 class TaskQueue:
@@ -153,10 +166,14 @@ class TaskQueue:
         check_stream(self.stream)
         MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
         for task in self.stream:
-            self._check_training_data(task)
+            self._check_task(task)
         self._model: nn.Module | None = None
         self._model_at: int | None = None  # the model in memory is the one after this task; -1 = before any
         self._stop = _StopAtSignal()
+        self._bars = not datasets.are_progress_bars_disabled()
+        options = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        if options.get("methods"):
+            raise InputError("training.methods: give the methods to the TaskQueue, as methods=[...]")
 
     # -- the stream --------------------------------------------------------------------------------------------------
 
@@ -168,8 +185,10 @@ class TaskQueue:
         parts = [task.train_dataset for task in self.stream]
         return [Task(JOINT, train_dataset=_concatenate(parts), index=0)]
 
-    def add(self, task: Task) -> None:
+    def add(self, task: Task, record: Callable[[], None] | None = None) -> None:
         """Append a task. It is learnt by the next `run()`, from the last commit, as if it had been there from the start.
+
+        `record` is called before queue.json is written, once nothing speaks against the task.
 
         Raises:
             InputError: for a name that is taken, or if the run is joint.
@@ -178,17 +197,41 @@ class TaskQueue:
             raise InputError("a joint run trains on all tasks at once; start a new run with the longer stream")
         stream = [*self.stream, dataclasses.replace(task, index=len(self.stream))]
         check_stream(stream)
-        self._check_training_data(stream[-1])
-        self.stream = stream
+        self._check_task(stream[-1])
+        check_task(stream[-1], self._evaluation)  # here already: a recorded task cannot be taken back
         if (self.directory.path / "queue.json").exists():
-            with self.directory.locked():
+            with self.directory.locked(), self._clear_errors():
                 queue = self.directory.read_queue()
-                self._check_same_stream(queue)
-                self._write_queue(queue["cursor"])
+                before, self.stream = self.stream, stream
+                try:
+                    self._check_same_stream(queue)
+                    if record is not None:
+                        record()
+                    self._write_queue(queue["cursor"])
+                except BaseException:
+                    self.stream = before
+                    raise
+        self.stream = stream
 
-    def _check_training_data(self, task: Task) -> None:
+    def _check_task(self, task: Task) -> None:
         if task.train_dataset is None or len(task.train_dataset) == 0:
             raise InputError(f"task '{task.name}' has no training rows; give it a non-empty train_dataset")
+        if task.training:
+            for taken in ("output_dir", "methods", "seed"):
+                if taken in task.training:
+                    raise InputError(f"task '{task.name}': training.{taken} is set by the queue; remove it")
+            try:
+                if isinstance(self._args, Mapping):
+                    make_training_args({"output_dir": "unused", **self._args, **task.training}, seq2seq=True)
+                else:
+                    known = [f.name for f in dataclasses.fields(self._args) if f.init]
+                    for option in task.training:
+                        if option not in known:
+                            raise InputError(
+                                f"training.{option} is not a training argument{did_you_mean(option, known)}"
+                            )
+            except InputError as error:
+                raise InputError(f"task '{task.name}': {error}") from error
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -200,7 +243,9 @@ class TaskQueue:
         if self._peft_config is not None and not LoraView(model).is_peft:
             model = apply_lora(model, self._peft_config)  # type: ignore[arg-type]
         self._check_methods(model)
-        if self.directory.exists:
+        for task in self.stream:
+            check_task(task, self._evaluation)
+        if self.directory.holds_learning:
             self._check_same_stream(self.directory.read_queue())
 
     def run(self) -> QueueResult:
@@ -210,14 +255,16 @@ class TaskQueue:
             InputError: for bad input or a full disk; what is learnt stays.
             Interrupted: after SIGINT, with the current task's checkpoint saved.
         """
-        with self.directory.locked(), self._signals(), self._clear_errors():
+        with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
             cursor = self._open()
             tasks = self.learnt_tasks
-            if cursor == len(tasks) and not self._missing_cells(cursor):
-                print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
-                return self.result()
             for index in range(cursor):
                 self.directory.check_task(tasks[index])
+                self.directory.drop_work(tasks[index])  # left where a process died just after a commit
+            if cursor == len(tasks) and not self._missing_cells(cursor):
+                self._write_queue(cursor)
+                print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
+                return self.result()
             self._evaluate_missing(cursor)
             for index in range(cursor, len(tasks)):
                 if not self.directory.is_learnt(tasks[index]):
@@ -248,9 +295,9 @@ class TaskQueue:
         """Create or verify the run directory; returns the cursor."""
         for task in self.stream:
             check_task(task, self._evaluation)
-        if not self.directory.exists:
+        if not self.directory.holds_learning:
             self.check_model_early()
-            self.directory.write_recipe(dict(self._recipe) if self._recipe is not None else self._description())
+            self.directory.start(dict(self._recipe) if self._recipe is not None else self._description())
             self._write_queue(0)
             return 0
         queue = self.directory.read_queue()
@@ -263,8 +310,10 @@ class TaskQueue:
                     "is missing; restore it, or start again in another run directory"
                 )
         learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
-        self.directory.check_scores(self.directory.cells(learnt, self.stream))
-        self._write_queue(cursor)  # a longer stream is recorded before it is learnt
+        names = {task.name for task in [*self.stream, *self.learnt_tasks]}
+        self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
+        if len(self.learnt_tasks) > len(queue["tasks"]):
+            self._write_queue(cursor)  # a longer stream is recorded before it is learnt
         return cursor
 
     def check_model_early(self) -> None:
@@ -293,6 +342,7 @@ class TaskQueue:
         return {
             "python": True,
             "methods": [{"name": m.name, **m.options()} for m in MethodList(copy.deepcopy(self._method_specs))],
+            "peft": _plain_peft(self._peft_config),
             "training": json.loads(json.dumps(dict(args), default=str)),
             "data": dataclasses.asdict(self._data),
             "evaluation": dataclasses.asdict(self._evaluation),
@@ -321,6 +371,7 @@ class TaskQueue:
                 "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
                 "versions": versions(),
                 "git": git_commit(),
+                "recipe_sha256": self.directory.recipe_checksum(),
             }
         )
 
@@ -350,6 +401,11 @@ class TaskQueue:
                 f"{names} with seed {self.seed}; use another run directory"
             )
         stored_recipe = self.directory.read_recipe()
+        if queue.get("recipe_sha256") not in (None, self.directory.recipe_checksum()):
+            raise InputError(
+                f"{self.directory.path / 'recipe.yaml'} was edited after the run was started; undo the change, or run the "
+                "changed recipe in another run directory"
+            )
         recipe = dict(self._recipe) if self._recipe is not None else self._description()
         difference = first_difference(stored_recipe, json.loads(json.dumps(recipe, default=str)))
         if difference:
@@ -366,11 +422,14 @@ class TaskQueue:
         total = len(self.learnt_tasks)
         print(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==", flush=True)
         self._ensure_model(task.index - 1)
-        model, tokenizer = self._model, self.tokenizer
+        model: Any = self._model
+        tokenizer = self.tokenizer
+        train_dataset = self._tokenized(task)
+        self._model, self._model_at = None, None  # trained in place: not to be taken for the last commit's any more
         methods = MethodList(copy.deepcopy(self._method_specs))
         if task.index > 0:
             methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
-        seq2seq = is_seq2seq(model)  # type: ignore[arg-type]
+        seq2seq = is_seq2seq(model)
         args = self._training_args(task, seq2seq)
         trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
         if not issubclass(trainer_class, ContinualMixin):
@@ -378,16 +437,27 @@ class TaskQueue:
                 f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})"
             )
         kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop, _CheckpointSizes()]
         trainer = trainer_class(
-            model=model, args=args, train_dataset=self._tokenized(task), processing_class=tokenizer, methods=methods, task=task,
+            model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, methods=methods, task=task,
             **kwargs,
         )  # fmt: skip
         self._stop.trainer = trainer
-        checkpoint = last_complete_checkpoint(args.output_dir)
+        checkpoint = usable_checkpoint(args.output_dir)
         if checkpoint is not None:
             print(f"continuing from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except InputError as error:
+            if trainer._nonfinite is None or not bool(trainer._nonfinite):
+                raise
+            self.directory.drop_work(task)  # another learning rate must not continue from this one's checkpoints
+            if task.index == 0:
+                raise
+            raise InputError(
+                f"{error}; what is learnt keeps its options, so change this task's alone: "
+                "its `training: {learning_rate: ...}`"
+            ) from error
         if trainer.interrupted:
             raise Interrupted(f"stopped in task '{task.name}' at step {trainer.state.global_step}")
         trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -402,8 +472,6 @@ class TaskQueue:
         self._stop.trainer = None
         trained.zero_grad(set_to_none=True)
         trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
 
     def _training_args(self, task: Task, seq2seq: bool) -> TrainingArguments:
         work = str(self.directory.work_folder(task))
@@ -411,7 +479,7 @@ class TaskQueue:
         if isinstance(self._args, TrainingArguments):
             extra = {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
             # TrainingArguments resets accelerate's state, so each task's are made when its turn comes.
-            return dataclasses.replace(self._args, **extra, **{k: v for k, v in given.items()}, methods=None)
+            return dataclasses.replace(self._args, **extra, **given)
         return make_training_args({**self._args, **given}, seq2seq)
 
     def _tokenized(self, task: Task) -> Any:
@@ -423,10 +491,11 @@ class TaskQueue:
             and "input_ids" not in dataset.column_names
             and "prompt" in dataset.column_names
         ):
-            return tokenize_dataset(
-                dataset, self.tokenizer, seq2seq=is_seq2seq(self._model),  # type: ignore[arg-type]
-                max_prompt_length=self._data.max_prompt_length, max_completion_length=self._data.max_completion_length,
-            )  # fmt: skip
+            with library_bars(self._bars):
+                return tokenize_dataset(
+                    dataset, self.tokenizer, seq2seq=is_seq2seq(self._model),  # type: ignore[arg-type]
+                    max_prompt_length=self._data.max_prompt_length, max_completion_length=self._data.max_completion_length,
+                )  # fmt: skip
         return dataset
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -443,6 +512,7 @@ class TaskQueue:
     def _fresh_model(self, adapted: bool = True) -> nn.Module:
         """The model before any task."""
         source = self._model_source
+        set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
         if isinstance(source, ModelConfig):
             model: Any = load_model(source)
         elif isinstance(source, nn.Module):
@@ -556,6 +626,7 @@ class TaskQueue:
         except KeyboardInterrupt as error:
             raise Interrupted("stopped; the last checkpoint and every learnt task are kept") from error
         finally:
+            self._stop.trainer = None
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
@@ -570,6 +641,11 @@ class TaskQueue:
                     f"run_dir={self.directory.path}: the disk is full; free some space and run the same command again, "
                     "every learnt task is kept"
                 ) from error
+            if isinstance(error, PermissionError):
+                raise InputError(
+                    f"run_dir={self.directory.path}: {error.filename or 'a file'} cannot be written ({error.strerror}); "
+                    "change its permissions, or use another run directory"
+                ) from error
             raise
 
 
@@ -580,13 +656,49 @@ def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArg
     for option in options:
         if option not in known:
             raise InputError(f"training.{option} is not a training argument{did_you_mean(option, known)}")
-    defaults = {"report_to": "none", "save_total_limit": 1, "stop_on_nonfinite_loss": True}
+    defaults = {
+        "report_to": "none",
+        "save_total_limit": 1,
+        "stop_on_nonfinite_loss": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without one it does nothing but warn
+    }
+    for field_ in dataclasses.fields(cls):
+        if field_.name in options and not _fits(options[field_.name], field_.type):
+            raise InputError(
+                f"training.{field_.name}={options[field_.name]!r} must be of type {_type_name(field_.type)}"
+            )
     try:
         return cls(**{**defaults, **options})
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"training: {error}") from error
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value suits a field that takes numbers or truth values alone; other fields check their own."""
+    kinds = set(typing.get_args(annotation) or [annotation])
+    if not kinds <= {int, float, bool, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _type_name(annotation: Any) -> str:
+    names = [kind.__name__ for kind in typing.get_args(annotation) or [annotation] if kind is not type(None)]
+    return " or ".join(names)
+
+
+def usable_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint, after removing those that a process left half-written or that were damaged since."""
+    for path in Path(folder).glob("checkpoint-*"):
+        sizes = try_json(path / SIZES) or {}
+        if any(not (path / n).is_file() or (path / n).stat().st_size != size for n, size in sizes.items()):
+            shutil.rmtree(path, ignore_errors=True)
+    newest = last_complete_checkpoint(folder)
+    for path in Path(folder).glob("checkpoint-*"):
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+    return newest
 
 
 def load_full(model: nn.Module, folder: Path) -> None:
@@ -629,6 +741,13 @@ def _concatenate(parts: Sequence[Any]) -> Any:
         columns = set.intersection(*(set(part.column_names) for part in parts))
         return datasets.concatenate_datasets([part.select_columns(sorted(columns)) for part in parts])
     return torch.utils.data.ConcatDataset(parts)
+
+
+def _plain_peft(config: Any) -> Any:
+    if config is None:
+        return None
+    options = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return json.loads(json.dumps(options, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
 
 
 def _changed(args: TrainingArguments) -> dict[str, Any]:

@@ -5,23 +5,28 @@ With no methods it *is* the Trainer it extends. `methods/base.py` shows the orde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .distributed import Distributed, GradientSeam
 from .errors import InputError
-from .lora import LoraView, load_adapters, trainable_state
+from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList
 from .tasks import Task
 
 STATE_FOLDER = "continual"
+
+if TYPE_CHECKING:
+    _Parent = Trainer
+else:
+    _Parent = object
 
 
 class _ContinualCallback(TrainerCallback):
@@ -37,22 +42,26 @@ class _ContinualCallback(TrainerCallback):
         self._trainer._on_optimizer_step()
 
 
-class ContinualMixin:
+class ContinualMixin(_Parent):
     """Adds `methods` and `task` to a Hugging Face Trainer; put it first among the bases.
 
     Args:
-        methods (`list`, *optional*): method objects, names or mappings; they learn one task per `train()` call. Pass the
-            same objects to the next task's trainer. Defaults to `args.methods`.
-        task ([`Task`] or `str`, *optional*): the task that `train()` learns; by default `task<N>`, counted by the methods.
+        methods (`list`, *optional*): method objects, names or mappings; they learn one task per `train()` call. Pass
+            the same objects to the next task's trainer. Defaults to `args.methods`.
+        task ([`Task`] or `str`, *optional*): the task that the next `train()` learns; by default `task<N>`, counted by
+            the methods, which also number a `Task` whose `index` is that of a task they have already learnt.
 
-    Every other argument is the parent's.
+    Every other argument is the parent's. With methods, `model_init` is called once, by the constructor.
     """
+
+    methods: MethodList = MethodList()  # for what the parent calls while it is constructed
+    _seam: GradientSeam | None = None
 
     def __init__(
         self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        from_args = getattr(self.args, "methods", None)  # type: ignore[has-type]
+        from_args = getattr(self.args, "methods", None)
         if methods is not None and from_args:
             raise InputError("methods are given twice, to the trainer and in args.methods; give them once")
         self.methods = (
@@ -65,8 +74,9 @@ class ContinualMixin:
         self.ctx: MethodContext | None = None
         self.interrupted = False
         """Set it to end a task early without merging: `train()` then returns before `on_task_end`."""
-        self._seam: GradientSeam | None = None
-        self._forward_seen = False
+        self._forward_seen = self._seam_passed = False
+        self._new_parameters: list[str] = []
+        self._made_optimizer: Any = None
         self._logged: dict[str, tuple[Tensor, int]] = {}
         self._nonfinite: Tensor | None = None
         if self.methods:
@@ -74,49 +84,82 @@ class ContinualMixin:
 
     # -- one task ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
-        """Learn one task: begin, train as the parent does, merge, end. Arguments and result are the parent's."""
-        self._nonfinite = None
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Learn one task: begin, train as the parent does, merge, end. Arguments and result are the parent's.
+
+        To resume, give the constructor the model as it was before the task (the checkpoint then replaces what has been
+        trained since), and methods with the same options.
+        """
+        self._nonfinite, self._logged, self.interrupted = None, {}, False
+        kwargs["ignore_keys_for_eval"] = ignore_keys_for_eval
         if not self.methods:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)  # type: ignore[misc]
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
             self._check_finite()
             return output
         if trial is not None:
-            raise InputError(
-                "hyperparameter search cannot run with methods, whose state one trial hands to the next; "
-                "search without methods, or start one run per trial"
-            )
+            self._refuse_search()
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
-            self._load_methods(checkpoint)  # how many tasks are done, before the task begins
+            self._load_methods(Path(checkpoint))  # how many tasks are done, before the task begins
         ctx = self.ctx = self._make_context()
         self.methods.check(ctx)
         original = self.train_dataset
+        model_init: Any = self.model_init
+        self.model_init: Any = None  # the parent would begin every task with a new model
+        if self.optimizer is not None and self.optimizer is self._made_optimizer:
+            self.optimizer = None  # the parent would keep the last task's, with its moments and without new parameters
+        makes_optimizer = self.optimizer is None
+        if self.args.torch_compile:
+            torch.compiler.reset()  # code compiled for an earlier task would be reused, without this task's taps
         try:
+            before = {id(p) for p in ctx.model.parameters() if p.requires_grad}
             self.methods.on_task_begin(ctx)
+            self._new_parameters = [
+                name for name, p in ctx.model.named_parameters() if p.requires_grad and id(p) not in before
+            ]
             previous = trainable_state(ctx.model) if self.methods.merges else {}
             self.train_dataset = self.methods.train_dataset(ctx, original)
             self._seam = GradientSeam(ctx.model, self.dist, lambda grads: self.methods.gradient_hooks(ctx, grads))
             with self.methods.task_context(ctx):
-                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)  # type: ignore[misc]
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._check_finite()
         finally:
             if self._seam is not None:
                 self._seam.detach()
             self._seam = None
-            self.train_dataset = original
+            self.train_dataset, self.model_init = original, model_init
+            if makes_optimizer:
+                self._made_optimizer = self.optimizer
         if not self.interrupted:
             if self.methods.merges:
                 self.methods.merge(ctx, previous)
             self.methods.on_task_end(ctx)
-            self.task = None if not isinstance(self.task, Task) else self.task
+            self.task = None
         return output
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        if self.methods:
+            self._refuse_search()
+        return super().hyperparameter_search(*args, **kwargs)
+
+    def _refuse_search(self) -> None:
+        raise InputError(
+            "hyperparameter search cannot run with methods, whose state one trial hands to the next; "
+            "search without methods, or start one run per trial"
+        )
+
     def _make_context(self) -> MethodContext:
-        task = self.task
+        task, done = self.task, self.methods.tasks_done
         if not isinstance(task, Task):
-            index = self.methods.tasks_done
-            task = Task(name=task or f"task{index}", index=index, train_dataset=self.train_dataset)
+            task = Task(name=task or f"task{done}", index=done, train_dataset=self.train_dataset)
+        elif task.index < done:
+            task = dataclasses.replace(task, index=done)
         model = self.accelerator.unwrap_model(self.model)
         return MethodContext(model, task, self.dist, LoraView(model), self.state, self.args.seed, self._log_value)
 
@@ -127,13 +170,15 @@ class ContinualMixin:
     ) -> Any:
         own = {column: inputs.pop(column) for column in self.methods.batch_columns if column in inputs}
         if not self.methods or not model.training or self._seam is None:  # the evaluation loss is the task's alone
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         self._forward_seen = True
         ctx = self.ctx
         assert ctx is not None
         batch = {**inputs, **own}
         with self.methods.forward_context(ctx, batch):  # closed before backward, which may run the forward again
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+            loss, outputs = self._loss_and_outputs(model, inputs, return_outputs, num_items_in_batch)
         extra = self.methods.extra_loss(ctx, batch, outputs)
         if extra:
             for name, value in extra.items():
@@ -143,13 +188,21 @@ class ContinualMixin:
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
+    ) -> tuple[Tensor, Any]:
+        """The parent's loss, and the model's outputs where someone reads them."""
+        wanted = return_outputs or self.methods.overrides("extra_loss")
+        result: Any = super().compute_loss(model, inputs, return_outputs=wanted, num_items_in_batch=num_items_in_batch)
+        return result if wanted else (result, None)
+
     def _like_task_loss(self, extra: Tensor, num_items_in_batch: Any) -> Tensor:
         """Scale an extra loss (a mean) as the Trainer scales the task loss under gradient accumulation.
 
         Where the Trainer takes the task loss for normalised over the whole step it divides nothing, so the extra loss
         is divided here; elsewhere it divides their sum. The rule mirrors `Trainer.training_step`.
         """
-        scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
+        scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             scaled = (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -158,26 +211,52 @@ class ContinualMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._forward_seen = False
-        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if getattr(self.args, "stop_on_nonfinite_loss", False):
             bad = ~torch.isfinite(loss)
             self._nonfinite = bad if self._nonfinite is None else self._nonfinite | bad
         if self._seam is not None:
             if not self._forward_seen:
                 raise InputError(
-                    f"{type(self).__name__}.compute_loss does not call super().compute_loss, so the methods never see the "
-                    "forward; put ContinualMixin in front of the class with that loss: class Mine(ContinualMixin, Theirs)"
+                    f"{type(self).__name__}.compute_loss does not call super().compute_loss, so the methods never see "
+                    "the forward; put ContinualMixin in front of the class with that loss: "
+                    "class Mine(ContinualMixin, Theirs)"
                 )
             self._seam.after_backward(self.accelerator.sync_gradients)
+            self._seam_passed = True
         return loss
 
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(column in inputs for column in self.methods.batch_columns):
+            inputs = {key: value for key, value in inputs.items() if key not in self.methods.batch_columns}
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def _on_optimizer_ready(self) -> None:
-        if self._seam is not None:
-            self._seam.attach(self.optimizer)
+        if self._seam is None or self.ctx is None:
+            return
+        object.__setattr__(self.ctx, "state", self.state)  # the parent makes its state anew in every train()
+        assert self.optimizer is not None
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = dict(self.ctx.model.named_parameters())
+        for name in self._new_parameters:
+            if self.dist.backend in ("single", "ddp") and id(parameters[name]) not in optimized:
+                raise InputError(
+                    f"'{name}' began to learn with this task and the optimizer given as optimizers=... does not have "
+                    "it; give optimizer_cls_and_kwargs=..., from which each task makes its own"
+                )
+        self._seam.attach(self.optimizer)
 
     def _on_optimizer_step(self) -> None:
-        if self._seam is not None and self.ctx is not None:
-            self.methods.on_step_end(self.ctx)
+        if self._seam is None or self.ctx is None:
+            return
+        if not self._seam_passed:
+            raise InputError(
+                f"{type(self).__name__}.training_step does not call super().training_step, so the methods never see "
+                "the gradients; put ContinualMixin in front of the class with that step: "
+                "class Mine(ContinualMixin, Theirs)"
+            )
+        self._seam_passed = False
+        self.methods.on_step_end(self.ctx)
 
     # -- logs --------------------------------------------------------------------------------------------------------
 
@@ -191,22 +270,22 @@ class ContinualMixin:
             for name, (total, count) in self._logged.items():
                 logs[name] = float(total) / count
             self._logged = {}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _check_finite(self) -> None:
         if self._nonfinite is not None and bool(self._nonfinite):
             name = self.ctx.task.name if self.ctx is not None else getattr(self.task, "name", self.task)
+            of_task = f" of task '{name}'" if name else ""
             raise InputError(
-                f"the loss of task '{name}' became NaN or infinite by step {self.state.global_step} with "
+                f"the loss{of_task} became NaN or infinite by step {self.state.global_step} with "
                 f"learning_rate={self.args.learning_rate}; lower training.learning_rate or use a wider dtype"
             )
 
     # -- data --------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
-        fresh = self._signature_columns is None  # type: ignore[has-type]
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if fresh and self._signature_columns is not None:
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns is not None:
             self._signature_columns += [c for c in self.methods.batch_columns if c not in self._signature_columns]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -217,20 +296,38 @@ class ContinualMixin:
             # Before the parent, whose trainer_state.json then is the last file and marks the checkpoint as complete.
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / STATE_FOLDER
             self.methods.save(folder)
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.accelerator.unwrap_model(model if model is not None else self.model)
-        adapters = LoraView(target).adapters
-        if len(adapters) > 1 and self.dist.backend in ("single", "ddp"):
-            # The parent considers only the first of several active adapters, and would make it the trainable one.
-            root = Path(resume_from_checkpoint)
-            folders = {name: root / name if (root / name).is_dir() else root for name in adapters}
-            load_adapters(target, folders)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if not self._load_all_adapters(Path(resume_from_checkpoint), model if model is not None else self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.methods:
             self._load_methods(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self._load_all_adapters(Path(str(self.state.best_model_checkpoint)), self.model):
+            super()._load_best_model()
+
+    def _load_all_adapters(self, checkpoint: Path, model: Any) -> bool:
+        """Load a checkpoint with several adapters; False if it is the parent's to load.
+
+        Of several active adapters the parent considers only the first: it would make that one the trainable one, and
+        load only that one at the end.
+        """
+        target = self.accelerator.unwrap_model(model)
+        adapters = LoraView(target).adapters
+        stored = [path.parent.name for path in checkpoint.glob(f"*/{ADAPTER_WEIGHTS}")]
+        if self.dist.backend not in ("single", "ddp") or not adapters or max(len(adapters), len(stored)) < 2:
+            return False
+        if (checkpoint / ADAPTER_WEIGHTS).is_file():
+            stored.append("default")  # PEFT writes this one at the root
+        if set(stored) != set(adapters):
+            raise InputError(
+                f"{checkpoint} holds the adapters {sorted(stored)} and the model has {sorted(adapters)}; give the "
+                "trainer the model as it was before this task"
+            )
+        load_adapters(target, {n: checkpoint if n == "default" else checkpoint / n for n in adapters})
+        return True
 
     def _load_methods(self, checkpoint: Path) -> None:
         folder = Path(checkpoint) / STATE_FOLDER
@@ -245,7 +342,7 @@ class ContinualMixin:
         if resume is None or resume is False:
             return None
         if resume is True:
-            found = get_last_checkpoint(self.args.output_dir)
+            found = last_complete_checkpoint(str(self.args.output_dir))
             if found is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
             return str(found)

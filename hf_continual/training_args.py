@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    MethodSpec = Any
+else:
+    MethodSpec = str  # HfArgumentParser calls it on every word after --methods
 
 
 @dataclass
@@ -18,13 +24,13 @@ class ContinualArgumentsMixin:
     > Parameters that control continual learning
 
     Args:
-        methods (`list`, *optional*): names (`"migu"`), mappings with options (`{"name": "migu", "threshold": 0.7}`), or
-            either as JSON text, as the command line gives them.
-        stop_on_nonfinite_loss (`bool`, defaults to `False`): stop with a sentence when the loss becomes NaN or infinite,
-            checked when the Trainer logs, saves or ends. The task queue turns it on; `Trainer` itself goes on.
+        methods (`list`, *optional*): names (`"migu"`), mappings with options (`{"name": "migu", "threshold": 0.7}`),
+            or either as JSON text, as the command line gives them. Method objects go to the trainer.
+        stop_on_nonfinite_loss (`bool`, defaults to `False`): stop with a sentence when the loss becomes NaN or
+            infinite, checked when the Trainer logs, saves or ends. The task queue turns it on; `Trainer` goes on.
     """
 
-    methods: list[Any] | None = field(
+    methods: list[MethodSpec] | None = field(
         default=None,
         metadata={
             "help": 'Continual-learning methods, by name or as JSON such as \'{"name": "migu", "threshold": 0.7}\'.'
@@ -47,6 +53,10 @@ def _parse(spec: Any) -> Any:
             return json.loads(spec)
         except json.JSONDecodeError as error:
             raise InputError(f'methods: {spec!r} is not JSON ({error}); write \'{{"name": "migu"}}\'') from error
+    if not isinstance(spec, (str, Mapping)):
+        raise InputError(
+            f"args.methods: {spec!r} is no name or mapping; give method objects to the trainer's methods="
+        )
     return spec
 
 

@@ -1,0 +1,84 @@
+"""Two gloo processes compute what one process computes on the same global batch."""
+
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_continual.testing import close, tiny_model, toy_rows, train_task, weights
+
+pytestmark = pytest.mark.distributed
+
+STREAMS = {
+    "naive": ["naive"],
+    "migu": [{"name": "migu", "threshold": 0.5}],
+    "migu-micro-batch": [{"name": "migu", "threshold": 0.5, "scope": "micro_batch"}],
+    "migu-update": [{"name": "migu", "threshold": 0.5, "mask": "update"}],
+    "inclora": ["inclora"],
+    "olora+migu": [{"name": "olora", "lambda_1": 0.5, "lambda_2": 0.1}, {"name": "migu", "threshold": 0.5}],
+    "replay+migu": [{"name": "replay", "count": 4}, {"name": "migu", "threshold": 0.5}],
+}
+
+
+def learn(name, lora, folder, accumulation, batch):
+    """Two tasks; returns weights and how often MIGU updated each row."""
+    from hf_continual.methods.base import MethodList
+
+    torch.set_num_threads(1)
+    methods, model = MethodList(STREAMS[name]), tiny_model(lora=lora)
+    for index in range(2):
+        train_task(model, toy_rows(seed=index), methods, folder / str(index), per_device_train_batch_size=batch,
+                   gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential", max_grad_norm=0.5, adam_epsilon=1e-3,
+                   ddp_find_unused_parameters=False)  # fmt: skip
+    tensors = weights(model)
+    usage = {f"{m.name}.updates": m.updates_ for m in methods if m.name == "migu"}
+    return {**tensors, **usage}
+
+
+def work(rank, port, name, lora, folder, accumulation):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1")  # fmt: skip
+    status = 1
+    try:
+        tensors = learn(name, lora, folder / f"rank{rank}", accumulation, batch=2)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"rank{rank}.safetensors"))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        time.sleep(0.3)  # gloo threads die badly while the interpreter exits
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture(scope="module")
+def context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.trainer", "peft", "accelerate", "hf_continual.testing"])
+    return context
+
+
+@pytest.mark.parametrize(("name", "lora", "accumulation"), [
+    ("naive", True, 1), ("migu", True, 1), ("migu", False, 2), ("migu-micro-batch", False, 2), ("migu-update", True, 2),
+    ("inclora", True, 1), ("olora+migu", True, 2), ("replay+migu", False, 1),
+])  # fmt: skip
+def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [context.Process(target=work, args=(rank, port, name, lora, tmp_path, accumulation)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=120)
+    assert [child.exitcode for child in children] == [0, 0]
+    first, second = (load_file(str(tmp_path / f"rank{rank}.safetensors")) for rank in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first), "the ranks hold different weights"
+    # Micro-batch j of a step in one process is rank j % 2, accumulation j // 2.
+    alone = learn(name, lora, tmp_path / "one", 2 * accumulation, batch=2)
+    if name == "migu-micro-batch":  # the mask of a micro-batch is that of all ranks together
+        alone = learn(name, lora, tmp_path / "one", accumulation, batch=4)
+    assert close(alone, first, 1e-5)

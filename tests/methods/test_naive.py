@@ -1,0 +1,5 @@
+from contract import MethodContract
+
+
+class TestNaive(MethodContract):
+    method = "naive"
