@@ -39,7 +39,7 @@ quickstart: $(RUNTIME)  ## Install, then train the quickstart recipe
 
 test: $(DEV)  ## Install, then run every test, notebooks included
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2
 
 style: $(DEV)  ## Fix and format the code
 	@echo "Formatting the code"

@@ -316,8 +316,8 @@ def table(case: str, result: dict[str, Any]) -> str:
         lines.append(line + (f" {peaks[name] / 1e6:9.1f}" if peaks else ""))
     migu = result["migu"]
     lines += [
-        f"  MIGU: {migu['quantile_calls_per_step']} quantile calls a step; buffers of {migu['buffer_bytes'] / 1e3:.1f} kB, "
-        f"{migu['floats_per_output_row']:.1f} floats for each of {migu['output_rows']} output rows",
+        f"  MIGU: {migu['quantile_calls_per_step']} quantile calls a step; {migu['output_rows']} output rows; "
+        f"buffers of {migu['buffer_bytes'] / 1e3:.0f} kB, {migu['floats_per_output_row']:.1f} floats a row",
         f"  weights without methods equal the Trainer's bit for bit: {'yes' if result['equal_weights'] else 'NO'}",
     ]
     return "\n".join(lines)

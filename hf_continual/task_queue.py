@@ -258,9 +258,10 @@ class TaskQueue:
         with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
             cursor = self._open()
             tasks = self.learnt_tasks
-            for index in range(cursor):
-                self.directory.check_task(tasks[index])
-                self.directory.drop_work(tasks[index])  # left where a process died just after a commit
+            for task in tasks:
+                if self.directory.is_learnt(task):
+                    self.directory.check_task(task)
+                    self.directory.drop_work(task)  # left where a process died just after a commit
             if cursor == len(tasks) and not self._missing_cells(cursor):
                 self._write_queue(cursor)
                 print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
@@ -269,8 +270,6 @@ class TaskQueue:
             for index in range(cursor, len(tasks)):
                 if not self.directory.is_learnt(tasks[index]):
                     self._learn(tasks[index])
-                else:
-                    self.directory.check_task(tasks[index])
                 self._evaluate_missing(index + 1)
                 self._write_queue(index + 1)
             self._release()

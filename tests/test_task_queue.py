@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hf_continual import InputError, TaskQueue
 from hf_continual.errors import Interrupted
 from hf_continual.run_state import RunDirectory
-from hf_continual.testing import tiny_model, toy_queue_options, toy_stream, toy_tokenizer
+from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 
 IDS = torch.tensor([[5, 9, 30, 41, 60, 7]])
 
@@ -72,7 +72,7 @@ def test_adapters_load_in_plain_peft(finished, name):
         plain = PeftModel.from_pretrained(tiny_model("llama"), str(run / "tasks" / f"0{index}-toy{index}" / "adapter"))
         theirs = plain.eval()(IDS).logits
         base = tiny_model("llama").eval()(IDS).logits
-        scale = float(ours.abs().max())
+        scale = float(ours.detach().abs().max())
         assert float((ours - base).abs().max()) > 1e-3 * scale
         if name == "naive":
             assert torch.equal(ours, theirs)
@@ -257,9 +257,6 @@ def test_another_adapter_shape_is_another_run(tmp_path, finished):
 
 
 def test_model_without_linear_layers(tmp_path):
-    class Words(torch.nn.Module):
-        pass
-
     model = tiny_model("llama")
     for module in list(model.modules()):
         for child, layer in list(module.named_children()):
@@ -269,4 +266,4 @@ def test_model_without_linear_layers(tmp_path):
     options["model"] = model
     with pytest.raises(InputError, match="migu"):
         TaskQueue(tmp_path / "run", tasks=toy_stream(1), methods=["migu"], **options).run()
-    assert toy_tokenizer() is not None and not (tmp_path / "run" / "queue.json").exists()
+    assert not (tmp_path / "run" / "queue.json").exists()

@@ -12,7 +12,7 @@ from hf_continual.distributed import GradView
 from hf_continual.errors import InputError
 from hf_continual.methods.base import make_method
 from hf_continual.methods.migu import MIGU, MIGUConfig, keep_mask, magnitude_of
-from hf_continual.testing import LORA_TARGETS, close, equal, hook_count, tiny_model, toy_rows, train_task, weights
+from hf_continual.testing import LORA_TARGETS, check_method, close, equal, hook_count, tiny_model, toy_rows, train_task, weights
 from hf_continual.trainer import ContinualTrainer
 
 
@@ -20,15 +20,15 @@ class TestMIGU(MethodContract):
     method = {"name": "migu", "threshold": 0.5}
 
 
-class TestMIGUEveryOption(MethodContract):
-    method = {"name": "migu", "threshold": 0.3, "skip_first_task": False, "ignore_padding": True, "select": "topk",
-              "mask": "update", "mask_bias": True, "lora_b_stat": "x_B", "normalize_tokens": True,
-              "include_lm_head": True}  # fmt: skip
+EVERY_OPTION = {"name": "migu", "threshold": 0.3, "skip_first_task": False, "ignore_padding": True, "select": "topk",
+                "mask": "update", "mask_bias": True, "lora_b_stat": "x_B", "normalize_tokens": True,
+                "include_lm_head": True}  # fmt: skip
 
-    def test_contract(self, kind):
-        if kind in ("t5", "roberta"):
-            pytest.skip("the default options cover it; llama and bert cover these options")
-        super().test_contract(kind)
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_contract_with_every_option(kind):
+    failed = [f"{r.model}: {r.name}: {r.detail}" for r in check_method(EVERY_OPTION, kinds=(kind,)) if not r.passed]
+    assert not failed, "\n".join(failed)
 
 
 # -- the equations -----------------------------------------------------------------------------------------------------
