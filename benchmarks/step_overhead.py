@@ -56,7 +56,7 @@ from hf_continual import (
 )
 from hf_continual.methods.migu import MIGU
 from hf_continual.models import ModelConfig, apply_lora, fix_loss_scaling, load_model
-from hf_continual.recipes import find_recipe, load_recipe
+from hf_continual.recipes import load_recipe
 from hf_continual.task_queue import versions
 from hf_continual.testing import equal, tiny_model, weights
 
@@ -168,7 +168,7 @@ def build_model(case: str, options: argparse.Namespace) -> Any:
         if options.model == "tiny":
             model = tiny_model("llama")
         else:
-            quickstart = load_recipe(find_recipe("quickstart"))["model"]
+            quickstart = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")["model"]
             model = load_model(ModelConfig(**(quickstart if options.model == "smollm2" else {"name": options.model})))
         set_seed(options.seed)
         return apply_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))

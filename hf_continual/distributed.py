@@ -2,8 +2,8 @@
 
 **The seam** is the one moment at which methods read and edit gradients: after accumulation and reduction, before
 clipping and the optimizer step. On one process and under DDP that is the end of `Trainer.training_step` on the last
-micro-batch. `Trainer.on_pre_optimizer_step` is the wrong place: it runs after clipping everywhere, and after the update
-under DeepSpeed. A backend whose engine steps inside `backward` attaches its own trigger in `GradientSeam.attach`;
+micro-batch. `Trainer.on_pre_optimizer_step` is the wrong place: it runs after clipping everywhere, and after the
+update under DeepSpeed. A backend whose engine steps inside `backward` attaches its own trigger in `GradientSeam.attach`;
 methods only ever see the `GradView` they are handed.
 """
 
@@ -73,7 +73,7 @@ class GradView:
     def __init__(self, model: nn.Module, distributed: Distributed) -> None:
         self.distributed = distributed
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._frozen_rows: list[tuple[Tensor, Tensor]] = []
+        self._frozen_rows: list[tuple[nn.Parameter, Tensor]] = []
 
     def names(self) -> Iterable[str]:
         return self._parameters.keys()
@@ -114,10 +114,11 @@ class GradientSeam:
         self.grads = GradView(model, distributed)
         self._hook = hook
         self._handles: list[Any] = []
-        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._snapshot: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []
         self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, optimizer: Any) -> None:
+        self.detach()  # the Trainer begins again when it has found a smaller batch size
         while hasattr(optimizer, "optimizer"):  # accelerate wraps the torch optimizer
             optimizer = optimizer.optimizer
         self._optimizer = optimizer
@@ -138,18 +139,24 @@ class GradientSeam:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, keep in self.grads._frozen_rows:
-            state = optimizer.state.get(parameter, {})
-            tensors = [v for v in state.values() if torch.is_tensor(v) and v.shape == parameter.shape]
-            # A first step creates the moments; zeros are what the frozen rows must have after it.
-            self._snapshot.append((parameter, keep, parameter.detach().clone()))
-            self._snapshot += [(tensor, keep, tensor.clone()) for tensor in tensors]
+            moments = {key: value.clone() for key, value in _moments(optimizer, parameter).items()}
+            self._snapshot.append((parameter, keep.bool(), parameter.detach().clone(), moments))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
-            for tensor, keep, before in self._snapshot:
-                tensor.copy_(torch.where(keep.bool(), tensor, before))
+            for parameter, keep, before, moments in self._snapshot:
+                parameter.copy_(torch.where(keep, parameter, before))
+                for key, value in _moments(optimizer, parameter).items():
+                    # A first step makes the moments, and makes them of zeros.
+                    value.copy_(torch.where(keep, value, moments.get(key, torch.zeros_like(value))))
         self._snapshot = []
         self.grads._frozen_rows = []
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's state that has an entry for each of the parameter's."""
+    state = optimizer.state.get(parameter, {})
+    return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape}
 
 
 class MicroBatchMasks:

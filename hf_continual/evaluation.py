@@ -168,6 +168,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
+@contextmanager
+def using(model: Any, generation: GenerationConfig) -> Iterator[None]:
+    """Make `generation` the model's own for a while: `generate` fills what it takes for unset from there."""
+    owners = [m for m in (model, getattr(model, "base_model", None)) if hasattr(m, "generation_config")]
+    if hasattr(model, "get_base_model"):
+        owners.append(model.get_base_model())
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = generation
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
+
+
 def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
     width = max(len(s) for s in sequences)
     ids, mask = [], []
@@ -201,7 +217,8 @@ def _by_generation(
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
         ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+        with using(model, generation):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
         if not seq2seq:
             output = output[:, ids.shape[1] :]
         for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):

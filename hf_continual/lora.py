@@ -36,7 +36,7 @@ class LoraView:
     def is_peft(self) -> bool:
         return isinstance(self.model, PeftModel)
 
-    def peft_model(self, method: str) -> PeftModel:
+    def peft_model(self, method: str) -> Any:
         """The PEFT model, or a sentence that names the `method` asking for it."""
         if not isinstance(self.model, PeftModel) or not any(True for _ in self.layers()):
             raise InputError(
@@ -45,7 +45,8 @@ class LoraView:
             )
         return self.model
 
-    def layers(self) -> list[tuple[str, LoraLayer]]:
+    def layers(self) -> list[tuple[str, Any]]:
+        """(name, `LoraLayer`) in the order of the model."""
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
 
     @property
@@ -57,7 +58,7 @@ class LoraView:
     def active(self) -> list[str]:
         return list(self.model.active_adapters) if isinstance(self.model, PeftModel) else []
 
-    def trainable(self, layer: LoraLayer) -> list[str]:
+    def trainable(self, layer: Any) -> list[str]:
         """Adapters of this linear layer whose A learns."""
         return [name for name, module in layer.lora_A.items() if module.weight.requires_grad]
 
@@ -130,7 +131,7 @@ class LoraView:
             self._export_concatenated(model, folder)
         (folder / "README.md").unlink(missing_ok=True)
 
-    def _export_concatenated(self, model: PeftModel, folder: Path) -> None:
+    def _export_concatenated(self, model: Any, folder: Path) -> None:
         name = "exported"
         configs = [model.peft_config[adapter] for adapter in self.active]
         active, trainable = self.active, sorted({n for _, layer in self.layers() for n in self.trainable(layer)})

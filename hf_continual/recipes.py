@@ -89,7 +89,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def recipe_files() -> dict[str, Path]:
     """The recipes that this package brings, by their name without `.yaml`."""
-    root = Path(str(importlib.resources.files("hf_continual.recipe_files")))
+    try:
+        root = Path(str(importlib.resources.files("hf_continual.recipe_files")))
+    except ModuleNotFoundError:  # a checkout that is not installed
+        root = Path(__file__).parent.parent / "recipes"
     return {
         str(p.relative_to(root).with_suffix("")): p
         for p in sorted(root.rglob("*.yaml"))

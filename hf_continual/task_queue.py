@@ -731,8 +731,8 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
     return None if old == new else (key, old, new)
 
 
-HARMLESS = {"name", "run_dir", "tasks", "training.disable_tqdm", "training.report_to", "training.run_name", "training.save_steps",
-            "training.save_strategy", "training.save_total_limit", "variants", "seeds"}  # fmt: skip
+HARMLESS = {"name", "run_dir", "base_dir", "tasks", "training.disable_tqdm", "training.report_to", "training.run_name",
+            "training.save_steps", "training.save_strategy", "training.save_total_limit", "variants", "seeds"}  # fmt: skip
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:

@@ -54,20 +54,27 @@ MODELS = ("llama", "t5", "bert", "roberta")
 def tiny_model(kind: str = "llama", *, lora: bool = False, seed: int = 0, dropout: float = 0.0, rank: int = 4) -> Any:
     """A random two-layer model: `llama`, `t5`, `bert` or `roberta` (the last two classify into three labels)."""
     set_seed(seed)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if kind == "llama":
-        config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+        config: Any = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
                              bos_token_id=1, eos_token_id=2, attention_dropout=dropout, **small)  # fmt: skip
         model: Any = LlamaForCausalLM(config)
     elif kind == "t5":
-        config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=dropout,
+        t5_config: Any = T5Config  # its decoder_start_token_id is a plain keyword
+        config = t5_config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=dropout,
                           pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)  # fmt: skip
         model = T5ForConditionalGeneration(config)
     elif kind in ("bert", "roberta"):
-        config_class, model_class = {
+        classifiers: dict[str, tuple[Any, Any]] = {
             "bert": (BertConfig, BertForSequenceClassification),
             "roberta": (RobertaConfig, RobertaForSequenceClassification),
-        }[kind]
+        }
+        config_class, model_class = classifiers[kind]
         config = config_class(vocab_size=VOCABULARY, max_position_embeddings=130, num_labels=3, pad_token_id=0,
                               hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **small)  # fmt: skip
         model = model_class(config)

@@ -92,8 +92,7 @@ def test_variants_by_seeds(tmp_path, model, capsys):
     assert runs == ["migu/seed-1", "migu/seed-2", "naive/seed-1", "naive/seed-2"]
     assert "run 4/4" in capsys.readouterr().out
     weights = {r: snapshot(tmp_path / "run" / r)["tasks/00-a/adapter/adapter_model.safetensors"] for r in runs}
-    first = {r: next(v for k, v in w.items() if "lora_B" in k) for r, w in weights.items()}
-    assert len({tuple(v.flatten().tolist()) for v in first.values()}) == 4
+    assert len({str({k: v.tolist() for k, v in sorted(w.items())}) for w in weights.values()}) == 2  # first task: no mask
     assert main(["run", str(path), "--only", "nave"]) == 2
 
 

@@ -173,7 +173,8 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
     Raises:
         InputError: if there is none.
     """
-    model, targets = ctx.model, []
+    model: Any = ctx.model
+    targets: list[Target] = []
     chosen = re.compile(config.targets) if config.targets is not None else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     lora_layers = dict(ctx.lora.layers())
@@ -182,16 +183,15 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
         if chosen is not None and not chosen.search(name):
             continue
         if name in lora_layers:
-            for adapter in ctx.lora.trainable(module):  # type: ignore[arg-type]
-                a, b = module.lora_A[adapter], module.lora_B[adapter]  # type: ignore[union-attr,index]
+            for adapter in ctx.lora.trainable(module):
+                a, b = module.lora_A[adapter], module.lora_B[adapter]
                 if not isinstance(a, nn.Linear):
                     continue
-                x_o = (module, name) if config.lora_b_stat == "x_O" else (b, f"{name}.lora_B.{adapter}")
-                targets.append(
-                    Target(f"{name}.lora_A.{adapter}.weight", None, a, f"{name}.lora_A.{adapter}", a.out_features, 0)
-                )
-                bias = f"{name}.lora_B.{adapter}.bias" if b.bias is not None else None
-                targets.append(Target(f"{name}.lora_B.{adapter}.weight", bias, *x_o, b.out_features, 0))
+                a_name, b_name = f"{name}.lora_A.{adapter}", f"{name}.lora_B.{adapter}"
+                tap, tap_name = (module, name) if config.lora_b_stat == "x_O" else (b, b_name)
+                bias = f"{b_name}.bias" if b.bias is not None else None
+                targets.append(Target(f"{a_name}.weight", None, a, a_name, a.out_features, 0))
+                targets.append(Target(f"{b_name}.weight", bias, tap, tap_name, b.out_features, 0))
         elif (
             isinstance(module, (nn.Linear, Conv1D))
             and module.weight.requires_grad
