@@ -3,8 +3,8 @@
 **The seam** is the one moment at which methods read and edit gradients: after accumulation and reduction, before
 clipping and the optimizer step. On one process and under DDP that is the end of `Trainer.training_step` on the last
 micro-batch. `Trainer.on_pre_optimizer_step` is the wrong place: it runs after clipping everywhere, and after the
-update under DeepSpeed. A backend whose engine steps inside `backward` attaches its own trigger in `GradientSeam.attach`;
-methods only ever see the `GradView` they are handed.
+update under DeepSpeed. A backend whose engine steps inside `backward` attaches its own trigger in
+`GradientSeam.attach`; methods only ever see the `GradView` they are handed.
 """
 
 from __future__ import annotations

@@ -329,7 +329,14 @@ def disk_full(error: BaseException) -> bool:
         text = str(chain)
         if any(
             sign in text
-            for sign in ("No space left", "os error 28", "os error 122", "os error 27", "PytorchStreamWriter failed")
+            for sign in (
+                "No space left",
+                "os error 28",
+                "os error 122",
+                "os error 27",
+                "PytorchStreamWriter failed",
+                "iostream error",
+            )
         ):
             return True
         chain = chain.__cause__ or chain.__context__

@@ -258,10 +258,6 @@ class TaskQueue:
         with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
             cursor = self._open()
             tasks = self.learnt_tasks
-            for task in tasks:
-                if self.directory.is_learnt(task):
-                    self.directory.check_task(task)
-                    self.directory.drop_work(task)  # left where a process died just after a commit
             if cursor == len(tasks) and not self._missing_cells(cursor):
                 self._write_queue(cursor)
                 print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
@@ -311,6 +307,9 @@ class TaskQueue:
         learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
         names = {task.name for task in [*self.stream, *self.learnt_tasks]}
         self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
+        for task in learnt:
+            self.directory.check_task(task)
+            self.directory.drop_work(task)  # left where a process died just after a commit
         if len(self.learnt_tasks) > len(queue["tasks"]):
             self._write_queue(cursor)  # a longer stream is recorded before it is learnt
         return cursor
@@ -728,6 +727,9 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
             if found:
                 return found
         return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = (first_difference(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(old, new, strict=True)))
+        return next((found for found in pairs if found), None)
     return None if old == new else (key, old, new)
 
 

@@ -216,7 +216,7 @@ def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         data = Dataset.from_dict({"question": ["a", "b"], "answer": ["c", "d"]})
         return DatasetDict({"train": data, "validation": data.select([1])})
 
-    monkeypatch.setattr("hf_continual.data.load_dataset", fake)
+    monkeypatch.setattr("hf_continual.data_sources.load_dataset", fake)
     columns = {"prompt": "question", "completion": "answer"}
     task = load_task({"path": "user/ds", "subset": "en", "revision": "v1", "columns": columns})
     assert calls == [("user/ds", "en", {"revision": "v1"})]
@@ -396,7 +396,7 @@ def test_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(*args: object, **options: object) -> None:
         raise ConnectionError("Couldn't reach the hub.\nTraceback and more")
 
-    monkeypatch.setattr("hf_continual.data.load_dataset", fake)
+    monkeypatch.setattr("hf_continual.data_sources.load_dataset", fake)
     with pytest.raises(InputError, match="the dataset 'user/ds' could not be loaded .*Couldn't reach") as caught:
         load_task({"path": "user/ds"})
     assert "\n" not in str(caught.value)

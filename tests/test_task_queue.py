@@ -227,7 +227,9 @@ def test_refused_task_changes_nothing(tmp_path):
         ("other", {"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
         ("other", {"training": {"learning_rate": "high"}}, "must be of type float"),
     ):
-        task = type(second)(name, **{**{"train_dataset": second.train_dataset, "eval_dataset": second.eval_dataset}, **change})
+        task = type(second)(
+            name, **{**{"train_dataset": second.train_dataset, "eval_dataset": second.eval_dataset}, **change}
+        )
         with pytest.raises(InputError, match=said):
             queue.add(task)
     assert (tmp_path / "run" / "queue.json").read_text() == before and len(queue.stream) == 1

@@ -40,10 +40,14 @@ class _KeepColumns:
 class ContinualSFTTrainer(ContinualMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] that learns one task after another without forgetting.
 
-    `extra_loss` gets the outputs of TRL's fused head, which have log-probabilities and no logits.
+    `extra_loss` gets the outputs that the loss was made of: TRL's fused head gives log-probabilities and no logits;
+    with `compute_loss_func` they are the model's own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if isinstance(config, ContinualArgumentsMixin) and not isinstance(config, SFTConfig):
+            raise InputError(f"ContinualSFTTrainer takes ContinualSFTConfig as args, not {type(config).__name__}")
         super().__init__(*args, **kwargs)
         if self.methods.batch_columns and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = _KeepColumns(self.data_collator, self.methods.batch_columns)

@@ -1,0 +1,147 @@
+"""Heat-maps of score matrices, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import InputError
+from .run_scores import COLUMNS, RunScores, groups, mean_and_std, measure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_matrix(run: RunScores, path: str | Path) -> Path:
+    """Draw the score matrix of one run as a heat-map PNG with the scores (percent) in the cells."""
+    rows = len(run.tasks) + (run.baseline is not None)
+    figure = _figure(2.6 + 0.72 * len(run.eval_tasks), 1.9 + 0.5 * rows)
+    axes = figure.subplots()
+    _heat_map(axes, run, run.R, run.baseline)
+    axes.set_ylabel("after training", fontsize=9)
+    axes.set_title(_plot_title(run.title if run.finished else f"{run.title} ({run.progress})", [run]), fontsize=10)
+    _colour_bar(figure, [axes])
+    return _save(figure, path)
+
+
+def plot_comparison(runs: Sequence[RunScores], path: str | Path) -> Path:
+    """Draw one small heat-map a variant into one PNG: the mean of its finished runs over seeds."""
+    grouped = groups(runs)
+    if not grouped:
+        raise InputError("plot_comparison: no runs to draw")
+    done = {label: [run for run in members if run.finished] for label, members in grouped.items()}
+    done = {label: members for label, members in done.items() if members}
+    waiting = [label for label in grouped if label not in done]
+    columns = max(1, min(len(done), 3 if len(done) != 4 else 2))
+    rows = max(1, -(-len(done) // columns))
+    width = max(1.6 + 0.5 * max(len(run.eval_tasks) for run in runs), 3.0)
+    cells = max(len(run.tasks) + (run.baseline is not None) for run in runs)
+    figure = _figure(columns * width + 0.8, rows * (1.3 + 0.36 * cells) + (0.3 if waiting else 0))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (label, members) in zip(grid.flat, done.items(), strict=False):
+        # Joint runs of one variant may list the same tasks in another order.
+        names = members[0].eval_tasks
+        picks = [(run, [run.eval_tasks.index(name) for name in names]) for run in members]
+        baselines = [run.baseline[pick] for run, pick in picks if run.baseline is not None]
+        baseline = np.mean(baselines, axis=0) if len(baselines) == len(members) else None
+        _heat_map(axes, members[0], np.mean([run.R[:, pick] for run, pick in picks], axis=0), baseline, cells)
+        seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""
+        axes.set_title(_plot_title(label + seeds, members), fontsize=9)
+    for axes in list(grid.flat)[len(done) :]:
+        axes.set_axis_off()
+    if done:
+        _colour_bar(figure, list(grid.flat))
+    if waiting:
+        figure.supxlabel(f"not finished: {', '.join(waiting)}", fontsize=9)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Figure with its own canvas, not pyplot: pyplot would choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.03)
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _heat_map(
+    axes: Axes, run: RunScores, R: np.ndarray, baseline: np.ndarray | None, height: int | None = None
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    cells, names = R, list(run.tasks)
+    if baseline is not None:
+        cells, names = np.vstack([baseline, R]), ["base model", *names]
+    colours = colormaps["YlGnBu"].with_extremes(bad="#f0f0f0")
+    axes.imshow(np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    # Panels side by side keep the same cell size: a joint run has fewer rows and leaves the rest white.
+    axes.set_ylim(max(height or 0, len(cells)) - 0.5, -0.5)
+    axes.xaxis.tick_top()
+    axes.set_xticks(np.arange(cells.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(cells.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+    size = 8 if cells.shape[1] <= 8 else 7
+    turned = max(map(len, run.eval_tasks)) > 8
+    axes.set_xticks(
+        range(cells.shape[1]),
+        [_short(name) for name in run.eval_tasks],
+        fontsize=size,
+        rotation=40 if turned else 0,
+        ha="left" if turned else "center",
+        rotation_mode="anchor" if turned else "default",
+    )
+    axes.set_yticks(range(cells.shape[0]), [_short(name) for name in names], fontsize=size)
+    for (i, j), value in np.ndenumerate(cells):
+        if not np.isnan(value):
+            colour = "white" if value > 0.55 else "#222222"
+            axes.text(j, i, percent(value), ha="center", va="center", fontsize=size, color=colour)
+    if not run.joint and R.shape[0] == R.shape[1]:
+        shift = len(cells) - len(R)
+        for j in range(len(R)):
+            corner = (j - 0.45, j + shift - 0.42)
+            axes.add_patch(Rectangle(corner, 0.9, 0.84, fill=False, edgecolor="#f28e4c", linewidth=1.4, zorder=3))
+    if baseline is not None:
+        axes.axhline(0.5, color="white", linewidth=4)
+
+
+def _colour_bar(figure: Figure, axes: list[Axes]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 100), "YlGnBu"), ax=axes, fraction=0.05, pad=0.02, aspect=25)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.set_label("score, %", fontsize=8)
+
+
+def _plot_title(name: str, runs: Sequence[RunScores]) -> str:
+    measured = [measure(run)[0] for run in runs]
+    parts = []
+    for metric in ("average_performance", "backward_transfer"):
+        values = [each[metric] for each in measured if metric in each]
+        if values:
+            parts.append(f"{COLUMNS[metric]} {mean_and_std(values)}")
+    return "\n".join([name, "   ".join(parts)]) if parts else name
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
