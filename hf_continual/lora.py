@@ -40,8 +40,8 @@ class LoraView:
         """The PEFT model, or a sentence that names the `method` asking for it."""
         if not isinstance(self.model, PeftModel) or not any(True for _ in self.layers()):
             raise InputError(
-                f"method '{method}' needs LoRA adapters and this model has none; add `peft: {{r: 8, ...}}` to the recipe "
-                "or wrap the model with peft.get_peft_model"
+                f"method '{method}' needs LoRA adapters and this model has none; add `peft: {{r: 8, ...}}` to the "
+                "recipe, or wrap the model with peft.get_peft_model"
             )
         return self.model
 

@@ -28,7 +28,7 @@ def merge_adapters(model: Any, tolerance: float = 1e-3) -> Any:
     """Merge all active LoRA adapters into the base weights; returns the plain model.
 
     Raises:
-        InputError: if the merged model's logits differ from the adapted model's by more than `tolerance` of their range.
+        InputError: if the merged model's logits differ by more than `tolerance` of their range.
     """
     view = LoraView(model)
     if not view.is_peft:
@@ -48,7 +48,7 @@ def merge_adapters(model: Any, tolerance: float = 1e-3) -> Any:
 
 
 def write_merged(queue: TaskQueue, out: Path, task: str | None = None) -> str:
-    """Write the model after `task` (default: the last learnt) to `out`, in plain transformers layout. Returns the task."""
+    """Write the model after `task` (default: the last learnt) to `out`, in transformers layout. Returns the task."""
     learnt = [t for t in queue.learnt_tasks if queue.directory.is_learnt(t)]
     if not learnt:
         raise InputError(f"run directory {queue.directory.path} has learnt no task yet; run it first")

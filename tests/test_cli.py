@@ -96,7 +96,7 @@ def test_variants_by_seeds(tmp_path, model, capsys):
     weights = {r: snapshot(tmp_path / "run" / r)["tasks/00-a/adapter/adapter_model.safetensors"] for r in runs}
     assert (
         len({str({k: v.tolist() for k, v in sorted(w.items())}) for w in weights.values()}) == 2
-    )  # first task: no mask
+    )
     assert main(["run", str(path), "--only", "nave"]) == 2
 
 
@@ -173,7 +173,8 @@ def test_report_ls_env(recipe, tmp_path, capsys):
     ("words", "said"),
     [
         ([], "command"), (["runn"], "run"), (["run"], "recipe"), (["ls", "method"], "methods"),
-        (["merge", "x"], "--out"), (["ls", "methods", "--x"], "no option --x"), (["run", "absent.yaml"], "no such file"),
+        (["merge", "x"], "--out"), (["ls", "methods", "--x"], "no option --x"),
+        (["run", "absent.yaml"], "no such file"),
         (["add", "absent", "absent.yaml"], "no such file"), (["validate", "absent"], "no method 'absent'"),
     ],
 )  # fmt: skip

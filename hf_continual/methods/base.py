@@ -317,7 +317,8 @@ class MethodList(Sequence[ContinualMethod[Any]]):
             for claim, way_out in claims:
                 if claim in owners:
                     raise InputError(
-                        f"methods '{owners[claim]}' and '{method.name}' cannot be combined: both have the {claim}; {way_out}"
+                        f"methods '{owners[claim]}' and '{method.name}' cannot be combined: both have the {claim}; "
+                        f"{way_out}"
                     )
                 owners[claim] = method.name
         done = {method.tasks_done_ for method in self.methods}

@@ -66,8 +66,8 @@ class Replay(ContinualMethod[ReplayConfig]):
             dataset = datasets.Dataset.from_list([dataset[i] for i in range(len(dataset))])
         if set(dataset.column_names) != set(self.buffer_.column_names):
             raise InputError(
-                f"method 'replay': task '{ctx.task.name}' has the columns {sorted(dataset.column_names)} and the buffer "
-                f"{sorted(self.buffer_.column_names)}; give every task the same columns"
+                f"method 'replay': task '{ctx.task.name}' has the columns {sorted(dataset.column_names)} and the "
+                f"buffer {sorted(self.buffer_.column_names)}; give every task the same columns"
             )
         return datasets.concatenate_datasets([dataset, self.buffer_.cast(dataset.features)])
 
