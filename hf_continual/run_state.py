@@ -158,7 +158,7 @@ class RunDirectory:
             )
         tasks, cursor = queue.get("tasks"), queue.get("cursor")
         entries = isinstance(tasks, list) and all(isinstance(t, dict) and {"name", "hash"} <= t.keys() for t in tasks)
-        if not entries or type(cursor) is not int or not 0 <= cursor <= len(tasks):
+        if not entries or type(cursor) is not int or not 0 <= cursor <= len(tasks):  # type: ignore[arg-type]
             raise InputError(f"{self.path / 'queue.json'} was edited: its tasks and cursor do not fit; restore it")
         return queue
 

@@ -441,7 +441,7 @@ class TaskQueue:
             **kwargs,
         )  # fmt: skip
         self._stop.trainer = trainer
-        checkpoint = usable_checkpoint(args.output_dir)
+        checkpoint = usable_checkpoint(self.directory.work_folder(task))
         if checkpoint is not None:
             print(f"continuing from {checkpoint.name}", flush=True)
         try:
@@ -475,7 +475,9 @@ class TaskQueue:
         work = str(self.directory.work_folder(task))
         given = {"output_dir": work, "seed": self.seed + task.index, **task.training}
         if isinstance(self._args, TrainingArguments):
-            extra: dict[str, Any] = {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
+            extra: dict[str, Any] = (
+                {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
+            )
             # TrainingArguments resets accelerate's state, so each task's are made when its turn comes.
             return dataclasses.replace(self._args, **extra, **given)
         return make_training_args({**self._args, **given}, seq2seq)

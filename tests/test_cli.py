@@ -31,9 +31,7 @@ def recipe(tmp_path_factory, model):
 def test_run_reports_and_says_when_finished(recipe, capsys):
     assert main(["run", str(recipe)]) == 0
     out = capsys.readouterr().out
-    assert (
-        "finished, 2 task(s) learnt; nothing to do" in out and "average_performance" in out.replace(" ", "_").lower()
-    )
+    assert "finished, 2 task(s) learnt; nothing to do" in out and "average_performance" in out.replace(" ", "_").lower()
     assert (recipe.parent / "run" / "report.md").is_file() and list((recipe.parent / "run").glob("*.png"))
     assert main(["run", str(recipe.parent / "run")]) == 0
     assert "finished" in capsys.readouterr().out
@@ -94,15 +92,13 @@ def test_variants_by_seeds(tmp_path, model, capsys):
     assert runs == ["migu/seed-1", "migu/seed-2", "naive/seed-1", "naive/seed-2"]
     assert "run 4/4" in capsys.readouterr().out
     weights = {r: snapshot(tmp_path / "run" / r)["tasks/00-a/adapter/adapter_model.safetensors"] for r in runs}
-    assert (
-        len({str({k: v.tolist() for k, v in sorted(w.items())}) for w in weights.values()}) == 2
-    )
+    assert len({str({k: v.tolist() for k, v in sorted(w.items())}) for w in weights.values()}) == 2
     assert main(["run", str(path), "--only", "nave"]) == 2
 
 
 def test_add_equals_the_longer_recipe(recipe, tmp_path, model, capsys):
-    path = write_recipe(tmp_path / "whole", model, methods=["inclora", "migu"],
-                        tasks=[{"name": n, "path": f"data/{n}.jsonl", "eval_fraction": 0.25} for n in "abc"])  # fmt: skip
+    three = [{"name": n, "path": f"data/{n}.jsonl", "eval_fraction": 0.25} for n in "abc"]
+    path = write_recipe(tmp_path / "whole", model, methods=["inclora", "migu"], tasks=three)
     assert main(["run", str(path)]) == 0
     path = write_recipe(tmp_path / "grown", model, methods=["inclora", "migu"])
     run, task = tmp_path / "grown" / "run", tmp_path / "grown" / "task.yaml"

@@ -142,17 +142,24 @@ def keep_mask(magnitude: Tensor, threshold: float, select: Select = "quantile") 
     raise InputError(f"keep_mask: select={select!r} is unknown; choose quantile or topk")
 
 
+CHUNK = 2**18  # elements; larger copies of |h| cost a CPU several times as much per element
+
+
 def magnitude_of(output: Tensor, weights: Tensor | None = None, normalize: bool = False) -> Tensor:
     """S_j = sum over tokens of |h_j| (Eq. 2), in fp32; `output` [..., d_out], `weights` [tokens] or None -> [d_out]."""
     flat = output.flatten(0, -2)
-    if weights is None and not normalize and flat.is_cuda:
-        return torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)  # one kernel, no |h| in memory
-    magnitude = flat.abs()
+    if weights is None and not normalize:
+        if flat.is_cuda:
+            return torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)  # one kernel, no |h| in memory
+        parts = flat.split(max(1, CHUNK // max(1, flat.shape[-1])))
+        total = parts[0].abs().sum(0, dtype=torch.float32)
+        for part in parts[1:]:
+            total += part.abs().sum(0, dtype=torch.float32)
+        return total
+    magnitude = flat.abs().float()
     if normalize:
-        magnitude = magnitude.float() / magnitude.sum(-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-    if weights is not None:
-        return weights.to(magnitude.device, torch.float32) @ magnitude.float()
-    return magnitude.sum(0, dtype=torch.float32)
+        magnitude /= magnitude.sum(-1, keepdim=True).clamp_min(1e-12)
+    return magnitude.sum(0) if weights is None else weights.to(magnitude) @ magnitude
 
 
 @dataclass
@@ -193,9 +200,7 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
                 targets.append(Target(f"{a_name}.weight", None, a, a_name, a.out_features, 0))
                 targets.append(Target(f"{b_name}.weight", bias, tap, tap_name, b.out_features, 0))
         elif (
-            isinstance(module, (nn.Linear, Conv1D))
-            and module.weight.requires_grad
-            and not name.startswith(inside_lora)
+            isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad and not name.startswith(inside_lora)
         ):
             if lora_layers or (module is head and not config.include_lm_head):
                 continue  # with LoRA only A and B are masked; fully trained modules_to_save are heads

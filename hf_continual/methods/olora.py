@@ -2,8 +2,8 @@ r"""O-LoRA: IncLoRA with each new adapter kept orthogonal to the old ones.
 
     L = L_task + l1 \sum_layers \sum_{i,k} |(A_old A_t^T)_{ik}| + l2 \sum_layers (||A_t||_F + ||B_t||_F)
 
-Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", arXiv:2310.14152,
-Eq. 4-8, and its code: the first penalty is the entrywise L1 of the Gram block, summed; the second is the norm, not squared. The
+Source: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", arXiv:2310.14152, Eq. 4-8,
+and its code: the first penalty is the entrywise L1 of the Gram block, summed; the second is the norm, not squared. The
 paper writes the square of the Gram entries for the first; the code's absolute value is what produced the numbers.
 """
 

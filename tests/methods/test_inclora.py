@@ -43,7 +43,9 @@ def test_refuses_a_model_without_lora(tmp_path):
 
 
 def test_refuses_modules_to_save(tmp_path):
-    model = get_peft_model(tiny_model("bert"), LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    model = get_peft_model(
+        tiny_model("bert"), LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    )
     methods = [IncLoRA()]
     train_task(model, toy_rows("bert"), methods, tmp_path / "0", kind="bert")
     with pytest.raises(InputError, match="modules_to_save"):

@@ -12,7 +12,17 @@ from hf_continual.distributed import GradView
 from hf_continual.errors import InputError
 from hf_continual.methods.base import make_method
 from hf_continual.methods.migu import MIGU, MIGUConfig, keep_mask, magnitude_of
-from hf_continual.testing import LORA_TARGETS, check_method, close, equal, hook_count, tiny_model, toy_rows, train_task, weights
+from hf_continual.testing import (
+    LORA_TARGETS,
+    check_method,
+    close,
+    equal,
+    hook_count,
+    tiny_model,
+    toy_rows,
+    train_task,
+    weights,
+)
 from hf_continual.trainer import ContinualTrainer
 
 
@@ -87,8 +97,12 @@ def test_magnitude_by_hand():
     output = torch.tensor([[[1.0, -2.0], [3.0, 0.0]], [[-1.0, 1.0], [0.5, 0.5]]])  # 2 samples, 2 tokens, 2 rows
     assert magnitude_of(output).tolist() == [5.5, 3.5]
     assert magnitude_of(output, weights=torch.tensor([1, 0, 1, 0])).tolist() == [2.0, 3.0]
-    torch.testing.assert_close(magnitude_of(output, normalize=True), torch.tensor([1 / 3 + 1 + 0.5 + 0.5, 2 / 3 + 0.5 + 0.5]))
+    torch.testing.assert_close(
+        magnitude_of(output, normalize=True), torch.tensor([1 / 3 + 1 + 0.5 + 0.5, 2 / 3 + 0.5 + 0.5])
+    )
     assert magnitude_of(output.bfloat16()).dtype == torch.float32
+    large = torch.randn(1000, 600)  # more than one chunk
+    torch.testing.assert_close(magnitude_of(large), large.double().abs().sum(0).float(), rtol=1e-5, atol=0)
 
 
 # -- what training does ------------------------------------------------------------------------------------------------
@@ -207,7 +221,9 @@ def test_adamw_moves_masked_rows_but_not_in_update_mode(tmp_path):
         after, moved[mask] = weights(model), 0.0
         for name in masks[0]:
             never = torch.stack([m[name] for m in masks]).sum(0).squeeze(1) == 0
-            moved[mask] = max(moved[mask], float((after[name] - before[name])[never].abs().max()) if never.any() else 0.0)
+            moved[mask] = max(
+                moved[mask], float((after[name] - before[name])[never].abs().max()) if never.any() else 0.0
+            )
     assert moved["gradient"] > 1e-5
     assert moved["update"] == 0.0
 
@@ -363,7 +379,9 @@ def test_evaluation_during_training_is_not_counted(tmp_path):
 
         args.eval_strategy = IntervalStrategy("steps" if evaluate else "no")
         torch.manual_seed(0)
-        trainer = ContinualTrainer(model, args, train_dataset=toy_rows(), eval_dataset=toy_rows(seed=5), methods=[method])
+        trainer = ContinualTrainer(
+            model, args, train_dataset=toy_rows(), eval_dataset=toy_rows(seed=5), methods=[method]
+        )
         trainer.train()
         usage.append(method.updates_.clone())
     assert torch.equal(*usage)

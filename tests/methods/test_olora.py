@@ -49,7 +49,9 @@ def test_norm_penalty_equals_the_formula_and_is_not_squared(tmp_path):
     expected = 0.3 * sum(float(p.double().norm()) for n, p in model.named_parameters() if ".task1." in n)
     logged = [e["olora/norm"] for e in trainer.state.log_history if "olora/norm" in e]
     assert logged[0] == pytest.approx(expected, rel=1e-5)
-    assert all(torch.isfinite(p).all() for p in model.parameters())  # B is zero at the start: its norm has no NaN gradient
+    assert all(
+        torch.isfinite(p).all() for p in model.parameters()
+    )  # B is zero at the start: its norm has no NaN gradient
 
 
 def test_penalty_lowers_the_overlap_with_old_adapters(tmp_path):

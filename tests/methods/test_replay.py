@@ -57,7 +57,9 @@ def test_state_round_trip(tmp_path):
     method.save(tmp_path / "s")
     again = Replay(count=4)
     again.load(tmp_path / "s")
-    assert again.buffer_.to_dict() == method.buffer_.to_dict() and again.sizes_ == method.sizes_ and again.tasks_done_ == 1
+    assert (
+        again.buffer_.to_dict() == method.buffer_.to_dict() and again.sizes_ == method.sizes_ and again.tasks_done_ == 1
+    )
 
 
 def test_refuses_other_columns(tmp_path):
