@@ -135,6 +135,7 @@ class GradientSeam:
     def after_backward(self, last_micro_batch: bool) -> None:
         """The Trainer calls this at the end of every `training_step`."""
         if last_micro_batch:
+            self.grads._frozen_rows = []  # an fp16 step that was skipped leaves its rows behind
             self._hook(self.grads)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -28,9 +28,7 @@ class EvaluationConfig:
         default="exact_match",
         metadata={"help": "exact_match, rouge_l or label_likelihood, unless a task names its own."},
     )
-    batch_size: int = field(
-        default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."}
-    )
+    batch_size: int = field(default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."})
     max_new_tokens: int = field(default=50, metadata={"help": "Longest answer that is generated (MIGU: 50)."})
     unseen: bool = field(default=False, metadata={"help": "Also score tasks not learnt yet, for forward transfer."})
     base_model: bool = field(
@@ -56,7 +54,9 @@ def normalize_answer(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a normalised reference, else 0.0."""
-    return float(any(normalize_answer(prediction) == normalize_answer(r) for r in references))
+    answer = normalize_answer(prediction)
+    # A reference of punctuation alone (MNLI's "-" for "no label") is never right, also for an empty answer.
+    return float(any(answer == normalize_answer(r) for r in references if normalize_answer(r) or not r.strip()))
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -171,7 +171,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def using(model: Any, generation: GenerationConfig) -> Iterator[None]:
     """Make `generation` the model's own for a while: `generate` fills what it takes for unset from there."""
-    owners = [m for m in (model, getattr(model, "base_model", None)) if hasattr(m, "generation_config")]
+    owners: list[Any] = [m for m in (model, getattr(model, "base_model", None)) if hasattr(m, "generation_config")]
     if hasattr(model, "get_base_model"):
         owners.append(model.get_base_model())
     before = [owner.generation_config for owner in owners]
@@ -193,6 +193,12 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device
         ids.append(padding + real if left else real + padding)
         mask.append([0] * fill + [1] * len(real) if left else [1] * len(real) + [0] * fill)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def references_of(row: Any) -> list[str]:
+    """The right answers of a row: `references`, one string or several, or else its `completion`."""
+    found = row["references"] if row.get("references") is not None else row["completion"]
+    return [found] if isinstance(found, str) else list(found)
 
 
 def _by_generation(
@@ -224,9 +230,7 @@ def _by_generation(
         for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
         bar.update(len(batch))
-    return [
-        {"index": i, "prediction": answers[i], "references": list(row["references"])} for i, row in enumerate(rows)
-    ]
+    return [{"index": i, "prediction": answers[i], "references": references_of(row)} for i, row in enumerate(rows)]
 
 
 def _by_likelihood(
@@ -281,7 +285,7 @@ def _by_likelihood(
         {
             "index": i,
             "prediction": labels[max(range(len(labels)), key=lambda k, s=scores[i]: s[k])],  # type: ignore[misc]
-            "references": list(row["references"]),
+            "references": references_of(row),
             "log_likelihood": [round(s, 6) for s in scores[i]],
         }
         for i, row in enumerate(rows)

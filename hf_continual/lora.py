@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import InputError
 
@@ -27,10 +29,12 @@ class LoraView:
 
     Args:
         model (`nn.Module`): unwrapped; anything but a PEFT model has no adapters.
+        seed (`int`, *optional*): seed of new adapters' weights; without one the global generator draws them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, seed: int | None = None) -> None:
         self.model = model
+        self.seed = seed
 
     @property
     def is_peft(self) -> bool:
@@ -80,12 +84,27 @@ class LoraView:
         first = model.peft_config[self.adapters[0]]
         if not isinstance(first, LoraConfig):
             raise InputError(f"method '{method}' needs LoRA adapters, not {type(first).__name__}")
+        unfit = {
+            "use_dora": first.use_dora,
+            "lora_bias": first.lora_bias,
+            "init_lora_weights": isinstance(first.init_lora_weights, str) and first.init_lora_weights != "gaussian",
+            "target_modules": any(
+                not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) for _, layer in self.layers()
+            ),
+        }
+        for option, refused in unfit.items():
+            if refused:
+                raise InputError(
+                    f"method '{method}' cannot stack adapters with peft.{option}={getattr(first, option)!r}: their sum is not "
+                    "one plain adapter; use LoRA on linear layers without it"
+                )
         if first.modules_to_save:
             raise InputError(
                 f"method '{method}' cannot stack adapters that have modules_to_save={first.modules_to_save}: only one "
                 "copy of those modules can be active; remove modules_to_save"
             )
-        model.add_adapter(name, copy.deepcopy(first))
+        with fresh_draw(self.seed):
+            model.add_adapter(name, copy.deepcopy(first))
         self.activate([*self.adapters], [name])
 
     # -- storage ---------------------------------------------------------------------------------------------------
@@ -162,6 +181,17 @@ class LoraView:
         finally:
             model.delete_adapter(name)
             self.activate(active, trainable)
+
+
+@contextmanager
+def fresh_draw(seed: int | None) -> Iterator[None]:
+    """Draw random numbers from `seed` and leave the global generator as it was; with None, draw from that."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def load_adapters(model: PeftModel, folders: dict[str, Path]) -> None:

@@ -39,18 +39,14 @@ from .tokenization import ensure_pad_token
 
 PACKAGE_PREFIX = "package:"
 LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-WHERE_MODELS_ARE = (
-    "give a folder with config.json, weights and tokenizer, or a hub id that can be reached or is cached"
-)
+WHERE_MODELS_ARE = "give a folder with config.json, weights and tokenizer, or a hub id that can be reached or is cached"
 
 
 @dataclass
 class ModelConfig:
     """The recipe's `model:` section."""
 
-    name: str = field(
-        metadata={"help": "Hub id, local folder, or package:NAME for files inside an installed package."}
-    )
+    name: str = field(metadata={"help": "Hub id, local folder, or package:NAME for files inside an installed package."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Dtype the weights are loaded in."}
     )
@@ -177,10 +173,14 @@ def fix_loss_scaling(model: PreTrainedModel) -> PreTrainedModel:
     T5, BERT's classifiers and their kin accept `num_items_in_batch` through `**kwargs` and ignore it; the Trainer then
     takes their loss for normalised and, under gradient accumulation, adds up what it should average.
     """
-    forward = inspect.unwrap(type(model).forward)
-    named = "num_items_in_batch" in inspect.signature(forward).parameters
-    if not named and not re.search(r"self\.loss_function\(|num_items_in_batch", inspect.getsource(forward)):
-        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = inspect.unwrap(type(base).forward)
+    try:
+        source = inspect.getsource(forward)
+    except OSError:  # a class typed at a prompt has none; the Trainer's own guess stands
+        return model
+    if not re.search(r"self\.loss_function\(|num_items_in_batch", source):
+        base.accepts_loss_kwargs = False
     return model
 
 
@@ -248,6 +248,4 @@ def quiet() -> None:
     """For the command line: only the bars of training, scoring and downloads, and warnings a user can act on."""
     _set_bars(not datasets.are_progress_bars_disabled(), False)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    logging.getLogger("transformers.trainer_utils").addFilter(
-        lambda record: "mtime may not" not in record.getMessage()
-    )
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not" not in record.getMessage())

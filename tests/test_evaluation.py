@@ -38,6 +38,7 @@ def test_normalize_answer_and_exact_match():
     assert exact_match("Very Positive!", ["negative", "very positive"]) == 1.0
     assert exact_match("very", ["very positive"]) == 0.0
     assert exact_match("a dog", ["dog"]) == 0.0  # articles stay
+    assert exact_match("", ["-"]) == 0.0  # MNLI's rows without a label are never right
 
 
 def test_rouge_l_by_hand_and_best_reference():

@@ -80,7 +80,7 @@ class ContinualMethod(Generic[ConfigT]):
     """Where the method comes from, such as `arxiv:2406.17245`."""
     batch_columns: ClassVar[tuple[str, ...]] = ()
     """Dataset columns that this method adds and reads; they reach `extra_loss` and never the model."""
-    supports: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
+    supports: ClassVar[frozenset[str]] = frozenset({"single"})
     """Backends on which the method computes the same as on one process; tests prove each claim."""
     owns: ClassVar[frozenset[str]] = frozenset()
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""

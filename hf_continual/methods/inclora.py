@@ -26,6 +26,7 @@ class IncLoRA(ContinualMethod[IncLoRAConfig]):
     """
 
     config_class = IncLoRAConfig
+    supports = frozenset({"single", "ddp"})
     paper = "arxiv:2310.14152"
     owns = frozenset({"adapters"})
     needs_lora = True

@@ -136,7 +136,8 @@ def keep_mask(magnitude: Tensor, threshold: float, select: Select = "quantile") 
     if select == "quantile":
         return magnitude >= torch.quantile(magnitude.float(), threshold, dim=-1, keepdim=True)
     if select == "topk":
-        keep = magnitude.shape[-1] - int(threshold * magnitude.shape[-1])
+        frozen = int(threshold * magnitude.shape[-1] + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+        keep = magnitude.shape[-1] - frozen
         rows = torch.sort(magnitude, dim=-1, descending=True, stable=True).indices[..., :keep]
         return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, rows, True)
     raise InputError(f"keep_mask: select={select!r} is unknown; choose quantile or topk")
@@ -186,6 +187,7 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     lora_layers = dict(ctx.lora.layers())
     inside_lora = tuple(f"{name}." for name in lora_layers)
+    own_name = {id(p): name for name, p in model.named_parameters()}  # a tied weight has one name of its own
     for name, module in model.named_modules():
         if chosen is not None and not chosen.search(name):
             continue
@@ -206,7 +208,9 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
                 continue  # with LoRA only A and B are masked; fully trained modules_to_save are heads
             out_dim = 1 if isinstance(module, Conv1D) else 0
             bias = f"{name}.bias" if module.bias is not None and module.bias.requires_grad else None
-            targets.append(Target(f"{name}.weight", bias, module, name, module.weight.shape[out_dim], out_dim))
+            targets.append(
+                Target(own_name[id(module.weight)], bias, module, name, module.weight.shape[out_dim], out_dim)
+            )
     if not targets:
         where = f" that matches targets={config.targets!r}" if config.targets else ""
         raise InputError(
@@ -224,6 +228,7 @@ class MIGU(ContinualMethod[MIGUConfig]):
     """
 
     config_class = MIGUConfig
+    supports = frozenset({"single", "ddp"})
     paper = "arxiv:2406.17245"
     neutral = {"threshold": 0.0}
 
@@ -236,6 +241,11 @@ class MIGU(ContinualMethod[MIGUConfig]):
         self.never_updated_ = 0.0
 
     def on_task_begin(self, ctx: MethodContext) -> None:
+        if ctx.dist.world_size > 1 and not self.config.sync:
+            raise InputError(
+                "method 'migu': sync=False gives every process its own mask, so their weights would drift apart; "
+                "leave sync on"
+            )
         self._targets = find_targets(ctx, self.config)
         total = sum(target.rows for target in self._targets)
         device = (
@@ -265,9 +275,11 @@ class MIGU(ContinualMethod[MIGUConfig]):
         if not self._masks_this_task:
             yield
             return
-        functions: dict[nn.Module, Any] = {}
+        self._magnitude.zero_()
+        indices: dict[nn.Module, list[int]] = {}
         for i, target in enumerate(self._targets):
-            functions[target.tap] = partial(self._add, i, target.tap_name)
+            indices.setdefault(target.tap, []).append(i)  # two adapters of a layer share its output
+        functions = {tap: partial(self._add, which, self._targets[which[0]].tap_name) for tap, which in indices.items()}
         if self.config.scope == "micro_batch":
             names = [
                 n for t in self._targets for n in (t.weight, t.bias) if n and (n == t.weight or self.config.mask_bias)
@@ -282,9 +294,11 @@ class MIGU(ContinualMethod[MIGUConfig]):
                 self._hooks.remove()
             self._tap = self._hooks = None
 
-    def _add(self, index: int, name: str, output: Tensor) -> None:
+    def _add(self, which: list[int], name: str, output: Tensor) -> None:
         weights = token_weights(name, output, self._token_weights) if self.config.ignore_padding else None
-        self._views[index].add_(magnitude_of(output, weights, self.config.normalize_tokens))
+        magnitude = magnitude_of(output, weights, self.config.normalize_tokens)
+        for index in which:
+            self._views[index].add_(magnitude)
 
     @contextmanager
     def forward_context(self, ctx: MethodContext, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -318,6 +332,8 @@ class MIGU(ContinualMethod[MIGUConfig]):
             self._mask[block].copy_(mask.reshape(-1))
         self._magnitude.zero_()
         assert self.updates_ is not None
+        if self.updates_.device != self._mask.device:  # a checkpoint is read on the CPU
+            self.updates_ = self.updates_.to(self._mask.device)
         self.updates_ += self._mask
         self.steps_ += 1
         return self._broadcastable(grads)
@@ -337,7 +353,7 @@ class MIGU(ContinualMethod[MIGUConfig]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         if self.steps_ and self.updates_ is not None:
-            share = (self.updates_ / self.steps_).cpu()
+            share = self.updates_.cpu() / self.steps_
             parts = dict(
                 zip([t.tap_name for t in self._targets], share.split([t.rows for t in self._targets]), strict=True)
             )

@@ -1,6 +1,8 @@
 r"""Naive sequential fine-tuning: the lower bound every method is compared with.
 
-theta_t = argmin_theta L_t(theta), started at theta_{t-1}
+    theta_t = argmin_theta L_t(theta), started at theta_{t-1}
+
+Source: sequential fine-tuning (FT and LoRA in the tables of MIGU, arXiv:2406.17245).
 """
 
 from __future__ import annotations
@@ -19,4 +21,5 @@ class Naive(ContinualMethod[NaiveConfig]):
     """Fine-tune on each task in turn and do nothing else."""
 
     config_class = NaiveConfig
+    supports = frozenset({"single", "ddp"})
     neutral = {}

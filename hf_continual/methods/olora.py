@@ -51,6 +51,7 @@ class OLoRA(ContinualMethod[OLoRAConfig]):
     """
 
     config_class = OLoRAConfig
+    supports = frozenset({"single", "ddp"})
     paper = "arxiv:2310.14152"
     owns = frozenset({"adapters"})
     needs_lora = True

@@ -44,6 +44,7 @@ class Replay(ContinualMethod[ReplayConfig]):
     """Keeps rows as the Trainer saw them and concatenates them with the next task's; the Trainer's sampler shuffles."""
 
     config_class = ReplayConfig
+    supports = frozenset({"single", "ddp"})
     paper = "arxiv:2406.17245"
     neutral = {"ratio": 0.0}
 

@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from hf_continual.distributed import GradView
 from hf_continual.errors import InputError
 from hf_continual.methods.base import make_method
 from hf_continual.methods.migu import MIGU, MIGUConfig, keep_mask, magnitude_of
@@ -87,6 +86,11 @@ def test_keep_mask_equals_a_naive_one_and_is_the_same_batched(threshold, ties):
         border = quantile_by_hand(row, threshold)
         expected = [float(v) >= border or abs(float(v) - border) < 1e-6 for v in row]
         assert mask.tolist() == expected == keep_mask(row, threshold).tolist()
+
+
+@pytest.mark.parametrize(("threshold", "width", "kept"), [(0.29, 100, 71), (0.57, 100, 43), (0.7, 10, 3)])
+def test_topk_counts_as_the_formula_says(threshold, width, kept):
+    assert int(keep_mask(torch.rand(width), threshold, select="topk").sum()) == kept  # d - floor(T d)
 
 
 def test_topk_breaks_ties_by_position():
@@ -330,6 +334,36 @@ def test_lm_head_is_left_out_unless_asked(tmp_path):
         assert ("lm_head.weight" in names) is include and len(names) == 14 + include
 
 
+def test_a_tied_lm_head_is_masked_when_asked(tmp_path):
+    model = tiny_model("t5")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.shared.weight
+    before = weights(model)
+    method = MIGU(threshold=0.5, targets="lm_head", include_lm_head=True, skip_first_task=False)
+    train_task(model, toy_rows("t5", rows=64, length=30), [method], tmp_path, kind="t5", max_steps=1, optim="sgd",
+               learning_rate=1.0, per_device_train_batch_size=64)  # fmt: skip
+    still = (weights(model)["shared.weight"] == before["shared.weight"]).all(1)
+    assert int(still.sum()) == 48  # half of the 96 rows, though every token occurs
+
+
+def test_two_learning_adapters_of_one_layer_are_both_masked(tmp_path):
+    model = tiny_model(lora=True)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=LORA_TARGETS["llama"]))
+    model.base_model.set_adapter(["default", "second"])
+    method = MIGU(threshold=0.5, skip_first_task=False)
+    train_task(model, toy_rows(), [method], tmp_path, max_steps=1)
+    assert len(method.top_rows_) and float(method.updates_.mean()) == 0.5
+
+
+def test_every_process_needs_the_same_mask(tmp_path):
+    method = MIGU(sync=False, skip_first_task=False)
+    trainer = ContinualTrainer(tiny_model(), train_task(tiny_model(), toy_rows(), [], tmp_path).args, methods=[method])
+    trainer.dist.world_size = 2
+    with pytest.raises(InputError, match="sync=False"):
+        method.on_task_begin(trainer._make_context())
+
+
 def test_targets_regex_and_bias(tmp_path):
     model = tiny_model("bert")
     method = MIGU(threshold=0.5, targets=r"attention\.self\.query", mask_bias=True, skip_first_task=False)
@@ -482,6 +516,9 @@ def test_a_model_without_linear_layers_is_refused(tmp_path):
 def test_fully_trained_heads_beside_lora_are_not_masked(tmp_path):
     config = LoraConfig(r=2, target_modules=LORA_TARGETS["bert"], modules_to_save=["classifier"])
     model, method = get_peft_model(tiny_model("bert"), config), MIGU(threshold=0.5, skip_first_task=False)
+    before = weights(model)
     trainer = train_task(model, toy_rows("bert"), [method], tmp_path, kind="bert", max_steps=1)
-    assert isinstance(GradView(model, trainer.dist), GradView)
-    assert not [n for n in method.updates_.shape if n == 0]
+    method.on_task_begin(trainer.ctx)
+    assert method._targets and not [t.weight for t in method._targets if "classifier" in t.weight]
+    head = "base_model.model.classifier.modules_to_save.default.weight"
+    assert (weights(model)[head] != before[head]).all()
