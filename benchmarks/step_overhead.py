@@ -57,7 +57,7 @@ from hf_continual import (
 from hf_continual.methods.migu import MIGU
 from hf_continual.models import ModelConfig, apply_lora, fix_loss_scaling, load_model
 from hf_continual.recipes import load_recipe
-from hf_continual.task_queue import versions
+from hf_continual.provenance import versions
 from hf_continual.testing import equal, tiny_model, weights
 
 TRAINERS = ("trainer", "ours", "ours+migu")
@@ -185,9 +185,7 @@ def build_model(case: str, options: argparse.Namespace) -> Any:
 def random_rows(case: str, vocabulary: int, rows: int, options: argparse.Namespace) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(3, vocabulary, (rows, options.length), generator=generator)
-    labels = (
-        ids if case == "lora" else torch.randint(3, vocabulary, (rows, options.target_length), generator=generator)
-    )
+    labels = ids if case == "lora" else torch.randint(3, vocabulary, (rows, options.target_length), generator=generator)
     return datasets.Dataset.from_dict(
         {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels.tolist()}
     )

@@ -40,15 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("task", help="YAML file with one task: name, path, ...")
     add.add_argument("--no_run", action="store_true", help="append only")
 
-    report = commands.add_parser(
-        "report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs"
-    )
+    report = commands.add_parser("report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs")
     report.add_argument("run", help="run directory, or a folder of them")
     report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
 
-    merge = commands.add_parser(
-        "merge", help="write the learnt model with its adapters merged, for plain transformers"
-    )
+    merge = commands.add_parser("merge", help="write the learnt model with its adapters merged, for plain transformers")
     merge.add_argument("run", help="run directory")
     merge.add_argument("-o", "--out", required=True, help="folder to write")
     merge.add_argument("--task", default=None, help="as it was after this task; default: the last learnt")
@@ -208,7 +204,7 @@ def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     import torch
 
-    from .task_queue import versions
+    from .provenance import versions
 
     for name, version in versions().items():
         print(f"{name}: {version}")

@@ -98,6 +98,25 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     )
 
 
+def as_rows(rows: Any, source: str) -> Any:
+    """Rows given from Python, brought to the canonical columns; rows that have `input_ids`, and None, stay as they are.
+
+    Raises:
+        InputError: for rows without length, or without the columns of any format.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, (list, tuple)):
+        if any(not isinstance(row, Mapping) for row in rows):
+            raise InputError(f"{source}: a row is no mapping; write {{'prompt': ..., 'completion': ...}}")
+        rows = Dataset.from_list([dict(row) for row in rows])
+    if _is_iterable_only(rows):
+        raise InputError(f"{source} is a stream without length; give a map-style dataset")
+    if not isinstance(rows, Dataset) or not len(rows) or "input_ids" in rows.column_names:
+        return rows
+    return _canonical(Table(rows, source, list(range(len(rows)))), {})[0]
+
+
 def content_hash(dataset: Any) -> str:
     """SHA-256 of the rows in their order, the same in every process.
 
@@ -339,9 +358,7 @@ def _prompt(value: Any, column: str, where: str) -> Any:
     if isinstance(value, list):
         return _messages(value, column, where)
     if not isinstance(value, str):
-        raise InputError(
-            f"column '{column}' {where} is {_show(value)}, not a string; convert it or map another column"
-        )
+        raise InputError(f"column '{column}' {where} is {_show(value)}, not a string; convert it or map another column")
     if not value:
         raise InputError(f"column '{column}' {where} is empty; a prompt needs text")
     return value

@@ -42,6 +42,8 @@ CL_INSTRUCTIONS = {
     "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
     "COPA": None,
 }
+
+
 @dataclass
 class Table:
     """One split as it was read: rows, where they came from, and which of them are in use."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -21,3 +23,29 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; choose from: {', '.join(sorted(choices))}" if choices else ""
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+    """Raise InputError for the first key of `given` that is not `known`, with the nearest that is."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise InputError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), known)}")
+
+
+def build(cls: Any, options: Any, section: str) -> Any:
+    """A config dataclass from a mapping, refusing unknown and missing keys; an instance is returned as it is."""
+    if isinstance(options, cls):
+        return options
+    if not isinstance(options, Mapping):
+        raise InputError(f"{section}={options!r} must map options to values")
+    fields = dataclasses.fields(cls)
+    refuse_unknown(options, [f.name for f in fields], f"{section}.")
+    for field in fields:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in options:
+            raise InputError(f"{section}: the key {field.name} is missing")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise InputError(f"{section}: {error}") from error

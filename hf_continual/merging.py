@@ -59,12 +59,12 @@ def write_merged(queue: TaskQueue, out: Path, task: str | None = None) -> str:
         raise InputError(f"-o {out}: it is a file or a folder that is not empty; give a new folder")
     index = names.index(task) if task is not None else len(names) - 1
     queue.directory.check_task(learnt[index])
-    model = merge_adapters(queue.load_model_after(index))
+    model = merge_adapters(queue.model.after(index))
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(str(temporary))
-        queue.tokenizer.save_pretrained(str(temporary))
+        queue.model.tokenizer.save_pretrained(str(temporary))
         temporary.replace(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -126,8 +126,7 @@ def _sample(pools: dict[str, list[str]], rows: int, split: str, rng: random.Rand
         share = rows // len(pools) + (position < rows % len(pools))
         if share > len(usable):
             raise InputError(
-                f"{split}_rows: {rows} is more than the stream 'quickstart' has; "
-                f"use {len(usable) * len(pools)} or less"
+                f"{split}_rows: {rows} is more than the stream 'quickstart' has; use {len(usable) * len(pools)} or less"
             )
         chosen += [(text, label) for text in rng.sample(usable, share)]
     rng.shuffle(chosen)

@@ -20,14 +20,15 @@ import yaml
 from peft import LoraConfig
 
 from .data import TASK_KEYS, load_task
-from .errors import InputError, did_you_mean
+from .errors import InputError, build, did_you_mean, refuse_unknown
 from .evaluation import EvaluationConfig
 from .methods.base import MethodList
 from .models import ModelConfig
 from .run_state import RunDirectory, write_text
 from .streams import load_stream, stream_names
-from .task_queue import DataConfig, TaskQueue, make_training_args
+from .task_queue import DataConfig, TaskQueue
 from .tasks import Task
+from .training_args import make_training_args
 
 SECTIONS = {
     "name": "what the run is called; default: the file's name",
@@ -232,7 +233,7 @@ def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] 
     """
     overrides = overrides or {}
     recipe = apply_overrides(recipe, overrides)
-    _known(recipe, SECTIONS, "")
+    refuse_unknown(recipe, SECTIONS, "")
     variants = recipe.pop("variants", None)
     if variants is not None and not (isinstance(variants, dict) and variants):
         raise InputError(f"variants={variants!r} must map names to sections, such as {{naive: {{methods: []}}}}")
@@ -243,7 +244,7 @@ def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] 
             raise InputError(f"variants: '{variant}' cannot name a folder; use letters, digits, '.', '_', '+' and '-'")
         if overlay is not None and not isinstance(overlay, dict):
             raise InputError(f"variants.{variant}={overlay!r} must be a mapping of sections")
-        _known(overlay or {}, SECTIONS, f"variants.{variant}.")
+        refuse_unknown(overlay or {}, SECTIONS, f"variants.{variant}.")
         merged = apply_overrides(
             _overlay(recipe, overlay or {}),
             {k: v for k, v in overrides.items() if not k.startswith(("variants", "run_dir"))},
@@ -275,13 +276,13 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     model = {"name": recipe["model"]} if isinstance(recipe["model"], str) else recipe["model"]
     resolved = {
         "name": str(recipe.get("name", "run")),
-        "model": dataclasses.asdict(_build(ModelConfig, model, "model")),
+        "model": dataclasses.asdict(build(ModelConfig, model, "model")),
         "peft": recipe.get("peft"),
         "training": recipe.get("training") or {},
         "methods": recipe.get("methods") or [],
         "tasks": recipe["tasks"],
-        "data": dataclasses.asdict(_build(DataConfig, recipe.get("data") or {}, "data")),
-        "evaluation": dataclasses.asdict(_build(EvaluationConfig, recipe.get("evaluation") or {}, "evaluation")),
+        "data": dataclasses.asdict(build(DataConfig, recipe.get("data") or {}, "data")),
+        "evaluation": dataclasses.asdict(build(EvaluationConfig, recipe.get("evaluation") or {}, "evaluation")),
         "seed": recipe.get("seed", 42),
         "joint": recipe.get("joint", False),
         "trainer": recipe.get("trainer"),
@@ -289,7 +290,7 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if resolved["peft"] is not None:
         if not isinstance(resolved["peft"], dict):
             raise InputError(f"peft={resolved['peft']!r} must map LoraConfig options to values, or be null")
-        _known(resolved["peft"], inspect.signature(LoraConfig).parameters, "peft.")
+        refuse_unknown(resolved["peft"], inspect.signature(LoraConfig).parameters, "peft.")
     if not isinstance(resolved["training"], dict):
         raise InputError(f"training={resolved['training']!r} must map training arguments to values")
     for taken in ("output_dir", "methods", "seed"):
@@ -316,7 +317,7 @@ def _method_word(spec: Any) -> str:
 
 def _check_tasks(tasks: Any) -> None:
     if isinstance(tasks, dict):
-        _known(tasks, STREAM_KEYS, "tasks.")
+        refuse_unknown(tasks, STREAM_KEYS, "tasks.")
         if "stream" not in tasks:
             raise InputError(
                 f"tasks.stream is missing; choose one of {', '.join(stream_names())}, or give a list of tasks"
@@ -325,7 +326,7 @@ def _check_tasks(tasks: Any) -> None:
         for i, spec in enumerate(tasks):
             if not isinstance(spec, dict):
                 raise InputError(f"tasks.{i}={spec!r} must be a mapping such as {{name: mine, path: mine.jsonl}}")
-            _known(spec, TASK_KEYS, f"tasks.{i}.")
+            refuse_unknown(spec, TASK_KEYS, f"tasks.{i}.")
     else:
         raise InputError(f"tasks={tasks!r} must be a list of tasks or {{stream: NAME}}")
 
@@ -370,7 +371,7 @@ def open_run(run_dir: str | Path) -> Run:
         )
     variant, base_dir = stored.pop("variant", None), Path(str(stored.pop("base_dir", ".")))
     try:
-        _known(stored, SECTIONS, "")
+        refuse_unknown(stored, SECTIONS, "")
         resolved = resolve(stored)
     except InputError as error:
         raise InputError(
@@ -384,7 +385,7 @@ def add_task(run_dir: str | Path, spec: Any) -> TaskQueue:
     run = open_run(run_dir)
     if not isinstance(spec, dict):
         raise InputError(f"the task {spec!r} must be a mapping such as {{name: mine, path: mine.jsonl}}")
-    _known(spec, TASK_KEYS, "task: ")
+    refuse_unknown(spec, TASK_KEYS, "task: ")
     queue = run.queue()
     added = added_tasks(run.run_dir)
     # Before queue.json: a process killed in between leaves a longer stream, which the next run learns.
@@ -420,27 +421,6 @@ def _overlay(base: Any, over: Any) -> Any:
             for k in [*base, *(k for k in over if k not in base)]
         }
     return copy.deepcopy(over)
-
-
-def _known(given: Mapping[str, Any], known: Any, prefix: str) -> None:
-    for key in given:
-        if key not in known:
-            raise InputError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), list(known))}")
-
-
-def _build(cls: Any, options: Any, section: str) -> Any:
-    if not isinstance(options, dict):
-        raise InputError(f"{section}={options!r} must map options to values")
-    _known(options, [f.name for f in dataclasses.fields(cls)], f"{section}.")
-    try:
-        return cls(**options)
-    except TypeError as error:
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in options
-        ]
-        raise InputError(f"{section}: {'the key ' + missing[0] + ' is missing' if missing else error}") from error
 
 
 def _import_class(name: str) -> type[Any]:

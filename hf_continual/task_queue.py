@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import json
-import platform
-import shutil
+import os
 import signal
-import subprocess
 import threading
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import numpy as np
-import peft
 import torch
-import transformers
-from safetensors.torch import load_file
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 
 from . import metrics
+from .checkpoints import CheckpointSizes, usable_checkpoint
 from .collators import make_collator
-from .data import content_hash
-from .errors import InputError, Interrupted, did_you_mean
+from .data import as_rows, content_hash
+from .distributed import Distributed
+from .errors import InputError, Interrupted, build, did_you_mean
 from .evaluation import EvaluationConfig, check_task, evaluate_task
 from .lora import LoraView
-from .methods.base import MethodList
-from .models import ModelConfig, apply_lora, fix_loss_scaling, is_seq2seq, library_bars, load_model, load_tokenizer
-from .run_state import RunDirectory, disk_full, read_json, try_json, write_json
+from .methods.base import MethodContext, MethodList
+from .models import ModelConfig, is_seq2seq, library_bars
+from .provenance import changed_arguments, first_difference, git_commit, plain, plain_peft, versions
+from .run_model import BEFORE_ANY_TASK, RunModel, training_device
+from .run_state import RunDirectory, disk_full, write_json
 from .tasks import Task, check_stream
-from .tokenization import ensure_pad_token, tokenize_dataset
-from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer, last_complete_checkpoint
-from .training_args import ContinualSeq2SeqTrainingArguments, ContinualTrainingArguments
+from .tokenization import tokenize_dataset
+from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer
+from .training_args import make_training_args
 
 JOINT = "joint"
-SIZES = "sizes.json"
 
 
 @dataclass
@@ -93,16 +86,6 @@ class _StopAtSignal(TrainerCallback):
                 self.trainer.interrupted = True
 
 
-class _CheckpointSizes(TrainerCallback):
-    """Notes the size of every file of a checkpoint, so that a damaged one is not resumed from."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SIZES)
-            write_json(folder / SIZES, {str(p.relative_to(folder)): p.stat().st_size for p in files})
-
-
 class TaskQueue:
     """Learns a stream of tasks in a run directory.
 
@@ -147,28 +130,23 @@ class TaskQueue:
         variant: str | None = None,
     ) -> None:
         self.directory = RunDirectory(run_dir)
-        if isinstance(model, (str, Mapping)):
-            model = ModelConfig(name=model) if isinstance(model, str) else ModelConfig(**model)
-        self._model_source = model
-        self._tokenizer = processing_class
-        self._peft_config = peft_config
         self._args = args if args is not None else {}
-        self._data = data if isinstance(data, DataConfig) else DataConfig(**(data or {}))
-        self._evaluation = (
-            evaluation if isinstance(evaluation, EvaluationConfig) else EvaluationConfig(**(evaluation or {}))
-        )
+        self._data: DataConfig = build(DataConfig, data or {}, "data")
+        self._evaluation: EvaluationConfig = build(EvaluationConfig, evaluation or {}, "evaluation")
         self._method_specs = [methods] if isinstance(methods, (str, Mapping)) else list(methods)
         self.seed, self.joint, self.variant = seed, joint, variant
         self._trainer_class = trainer_class
         self._trainer_kwargs = dict(trainer_kwargs or {})
         self._recipe = recipe
-        self.stream = [dataclasses.replace(task, index=i) for i, task in enumerate(tasks)]
+        self._peft_config = peft_config
+        self.model = RunModel(
+            model, processing_class, peft_config, seed, lambda i: self.directory.task_folder(self.learnt_tasks[i])
+        )
+        self.stream = [readable(task, i) for i, task in enumerate(tasks)]
         check_stream(self.stream)
         MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
         for task in self.stream:
             self._check_task(task)
-        self._model: nn.Module | None = None
-        self._model_at: int | None = None  # the model in memory is the one after this task; -1 = before any
         self._stop = _StopAtSignal()
         self._bars = not datasets.are_progress_bars_disabled()
         options = self._args if isinstance(self._args, Mapping) else vars(self._args)
@@ -195,7 +173,7 @@ class TaskQueue:
         """
         if self.joint:
             raise InputError("a joint run trains on all tasks at once; start a new run with the longer stream")
-        stream = [*self.stream, dataclasses.replace(task, index=len(self.stream))]
+        stream = [*self.stream, readable(task, len(self.stream))]
         check_stream(stream)
         self._check_task(stream[-1])
         check_task(stream[-1], self._evaluation)  # here already: a recorded task cannot be taken back
@@ -237,12 +215,7 @@ class TaskQueue:
 
     def check(self) -> None:
         """Everything `run` checks before it trains, on a model without weights."""
-        source = self._model_source
-        model = load_model(source, empty=True) if isinstance(source, ModelConfig) else self._fresh_model(adapted=False)
-        self._check_model(model)
-        if self._peft_config is not None and not LoraView(model).is_peft:
-            model = apply_lora(model, self._peft_config)  # type: ignore[arg-type]
-        self._check_methods(model)
+        self._check_methods(self.model.fresh(empty=True))
         for task in self.stream:
             check_task(task, self._evaluation)
         if self.directory.holds_learning:
@@ -255,6 +228,11 @@ class TaskQueue:
             InputError: for bad input or a full disk; what is learnt stays.
             Interrupted: after SIGINT, with the current task's checkpoint saved.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the task queue runs in one process in this version; start it without "
+                "a launcher, or use ContinualTrainer by hand under the launcher"
+            )
         with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
             cursor = self._open()
             tasks = self.learnt_tasks
@@ -268,7 +246,7 @@ class TaskQueue:
                     self._learn(tasks[index])
                 self._evaluate_missing(index + 1)
                 self._write_queue(index + 1)
-            self._release()
+            self.model.release()
             return self.result()
 
     def result(self) -> QueueResult:
@@ -316,32 +294,27 @@ class TaskQueue:
 
     def check_model_early(self) -> None:
         """Load the model and try the methods on it, so that what cannot work leaves no run directory behind."""
-        self._ensure_model(-1)
-        self._check_methods(copy.deepcopy(self._model).to("meta"))  # type: ignore[union-attr]
+        self._check_methods(self.model.fresh(empty=True))
+        self.model.after(BEFORE_ANY_TASK)
 
-    def _check_methods(self, model: nn.Module) -> None:
-        from .distributed import Distributed
-        from .methods.base import MethodContext
-
+    def _check_methods(self, model: Any) -> None:
+        """Begin every task on a model without weights."""
         methods = MethodList(copy.deepcopy(self._method_specs))
-        if not methods:
-            return
-        state = transformers.TrainerState()
-        for index in (0, 1):
-            ctx = MethodContext(
-                model, Task("check", index=index), Distributed(), LoraView(model), state, 0, lambda n, v: None
-            )
+        for task in self.learnt_tasks:
+            ctx = MethodContext(model, task, Distributed(), LoraView(model), TrainerState(), 0, lambda n, v: None)
             methods.check(ctx)
             methods.on_task_begin(ctx)
 
     def _description(self) -> dict[str, Any]:
         """What a run started from Python records as its recipe."""
-        args = self._args if isinstance(self._args, Mapping) else _changed(self._args)
+        args = self._args if isinstance(self._args, Mapping) else changed_arguments(self._args)
         return {
             "python": True,
+            "model": self.model.description(),
+            "trainer": self._trainer_class.__name__ if self._trainer_class is not None else None,
             "methods": [{"name": m.name, **m.options()} for m in MethodList(copy.deepcopy(self._method_specs))],
-            "peft": _plain_peft(self._peft_config),
-            "training": json.loads(json.dumps(dict(args), default=str)),
+            "peft": plain_peft(self._peft_config),
+            "training": plain(dict(args)),
             "data": dataclasses.asdict(self._data),
             "evaluation": dataclasses.asdict(self._evaluation),
             "tasks": [task.name for task in self.stream],
@@ -361,6 +334,7 @@ class TaskQueue:
             {
                 "tasks": tasks,
                 "eval_tasks": [t.name for t in scored],
+                "evaluation": [self._evaluation_of(t) for t in scored],
                 "cursor": cursor,
                 "finished": cursor == len(tasks),
                 "joint": self.joint,
@@ -372,6 +346,12 @@ class TaskQueue:
                 "recipe_sha256": self.directory.recipe_checksum(),
             }
         )
+
+    def _evaluation_of(self, task: Task) -> dict[str, Any]:
+        """What a task is scored on; it must stay the same for the scores of one matrix to be comparable."""
+        labels = list(task.labels) if task.labels is not None else None
+        scorer = task.scorer or self._evaluation.scorer
+        return {"task": task.name, "hash": content_hash(task.eval_dataset), "scorer": scorer, "labels": labels}
 
     def _check_same_stream(self, queue: Mapping[str, Any]) -> None:
         where = f"run directory {self.directory.path}"
@@ -392,6 +372,13 @@ class TaskQueue:
                     f"{where} belongs to another recipe: the training rows of task '{mine[i].name}' differ from those it "
                     "was started with; use another run directory"
                 )
+        for stored, task in zip(queue.get("evaluation", ()), self.stream, strict=False):
+            for key, what in (("hash", "evaluation rows"), ("scorer", "scorer"), ("labels", "labels")):
+                if stored[key] != self._evaluation_of(task)[key]:
+                    raise InputError(
+                        f"{where} belongs to another recipe: the {what} of task '{task.name}' differ from those it was "
+                        "started with, and scores of both would not compare; use another run directory"
+                    )
         names = [m.name for m in MethodList(copy.deepcopy(self._method_specs))]
         if queue.get("method_names") != names or queue.get("seed") != self.seed:
             raise InputError(
@@ -405,7 +392,7 @@ class TaskQueue:
                 "changed recipe in another run directory"
             )
         recipe = dict(self._recipe) if self._recipe is not None else self._description()
-        difference = first_difference(stored_recipe, json.loads(json.dumps(recipe, default=str)))
+        difference = first_difference(stored_recipe, plain(recipe))
         if difference:
             key, old, new = difference
             raise InputError(
@@ -419,11 +406,9 @@ class TaskQueue:
         """Train, merge and commit one task."""
         total = len(self.learnt_tasks)
         print(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==", flush=True)
-        self._ensure_model(task.index - 1)
-        model: Any = self._model
-        tokenizer = self.tokenizer
-        train_dataset = self._tokenized(task)
-        self._model, self._model_at = None, None  # trained in place: not to be taken for the last commit's any more
+        tokenizer = self.model.tokenizer
+        train_dataset = self._tokenized(task, is_seq2seq(self.model.after(task.index - 1)))
+        model = self.model.take(task.index - 1)
         methods = MethodList(copy.deepcopy(self._method_specs))
         if task.index > 0:
             methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
@@ -435,12 +420,13 @@ class TaskQueue:
                 f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})"
             )
         kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop, _CheckpointSizes()]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop, CheckpointSizes()]
         trainer = trainer_class(
             model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, methods=methods, task=task,
             **kwargs,
         )  # fmt: skip
         self._stop.trainer = trainer
+        trainer.seeds_per_task = True
         checkpoint = usable_checkpoint(self.directory.work_folder(task))
         if checkpoint is not None:
             print(f"continuing from {checkpoint.name}", flush=True)
@@ -461,12 +447,12 @@ class TaskQueue:
         trained = trainer.accelerator.unwrap_model(trainer.model)
 
         def write(folder: Path) -> None:
-            self._save_model(trained, folder)
+            self.model.save(trained, folder)
             methods.save(folder / "methods")
             write_json(folder / "log.json", trainer.state.log_history)
 
         self.directory.commit_task(task, write)
-        self._model, self._model_at = trained, task.index
+        self.model.keep(trained, task.index)
         self._stop.trainer = None
         trained.zero_grad(set_to_none=True)
         trainer.accelerator.free_memory()
@@ -482,94 +468,22 @@ class TaskQueue:
             return dataclasses.replace(self._args, **extra, **given)
         return make_training_args({**self._args, **given}, seq2seq)
 
-    def _tokenized(self, task: Task) -> Any:
-        return self._tokenize(task.train_dataset)
-
-    def _tokenize(self, dataset: Any) -> Any:
+    def _tokenized(self, task: Task, seq2seq: bool) -> Any:
+        rows = task.train_dataset
         if (
-            isinstance(dataset, datasets.Dataset)
-            and "input_ids" not in dataset.column_names
-            and "prompt" in dataset.column_names
+            not isinstance(rows, datasets.Dataset)
+            or "prompt" not in rows.column_names
+            or "input_ids" in rows.column_names
         ):
-            with library_bars(self._bars):
-                return tokenize_dataset(
-                    dataset, self.tokenizer, seq2seq=is_seq2seq(self._model),  # type: ignore[arg-type]
-                    max_prompt_length=self._data.max_prompt_length, max_completion_length=self._data.max_completion_length,
-                )  # fmt: skip
-        return dataset
-
-    # -- the model ---------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            if not isinstance(self._model_source, ModelConfig):
-                raise InputError("processing_class: give the tokenizer, since the model was given as an object")
-            self._tokenizer = load_tokenizer(self._model_source)
-        ensure_pad_token(self._tokenizer)
-        return self._tokenizer
-
-    def _fresh_model(self, adapted: bool = True) -> nn.Module:
-        """The model before any task."""
-        source = self._model_source
-        set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
-        if isinstance(source, ModelConfig):
-            model: Any = load_model(source)
-        elif isinstance(source, nn.Module):
-            model = copy.deepcopy(source)
-        else:
-            model = source()
-        if not LoraView(model).is_peft:
-            model = fix_loss_scaling(model)
-            self._check_model(model)
-            if adapted and self._peft_config is not None:
-                set_seed(self.seed)
-                model = apply_lora(model, self._peft_config)
-        return model
-
-    def _check_model(self, model: Any) -> None:
-        words, tokens = model.get_input_embeddings().weight.shape[0], len(self.tokenizer)
-        if tokens > words:
-            raise InputError(
-                f"the tokenizer has {tokens} tokens and the model embeds only {words}; use the model's own tokenizer"
+            return rows
+        with library_bars(self._bars):
+            return tokenize_dataset(
+                rows,
+                self.model.tokenizer,
+                seq2seq=seq2seq,
+                max_prompt_length=self._data.max_prompt_length,
+                max_completion_length=self._data.max_completion_length,
             )
-
-    def _ensure_model(self, index: int) -> None:
-        """Have the model after task `index` in memory (-1: before any task), from memory or from its commit."""
-        if self._model is not None and self._model_at == index:
-            return
-        self._release()
-        model = self._fresh_model()
-        if index >= 0:
-            folder = self.directory.task_folder(self.learnt_tasks[index])
-            meta = read_json(folder / "model.json")
-            if meta["kind"] == "lora":
-                inner = folder / "adapters"
-                LoraView(model).load(inner, meta)
-            else:
-                load_full(model, folder / "model")
-        self._model, self._model_at = model, index
-
-    def load_model_after(self, index: int) -> nn.Module:
-        """The model after learnt task `index`, -1 for the model before any task."""
-        self._ensure_model(index)
-        assert self._model is not None
-        return self._model
-
-    def _save_model(self, model: Any, folder: Path) -> None:
-        view = LoraView(model)
-        if view.is_peft:
-            meta = {"kind": "lora", **view.save(folder / "adapters")}
-            view.export(folder / "adapter")
-        else:
-            meta = {"kind": "full"}
-            model.save_pretrained(str(folder / "model"))
-            self.tokenizer.save_pretrained(str(folder / "model"))
-        write_json(folder / "model.json", meta)
-
-    def _release(self) -> None:
-        self._model, self._model_at = None, None
-        gc.collect()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -587,18 +501,21 @@ class TaskQueue:
 
     def _evaluate_missing(self, learnt: int) -> None:
         tasks = self.learnt_tasks
-        for index, task in sorted(
-            self._missing_cells(learnt), key=lambda c: (c[0] != self._model_at, c[0], c[1].index)
-        ):
-            self._ensure_model(index)
+        args = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        in_memory = self.model.at
+        for index, task in sorted(self._missing_cells(learnt), key=lambda c: (c[0] != in_memory, c[0], c[1].index)):
+            model = self.model.after(index).to(training_device(bool(args.get("use_cpu"))))
             after = tasks[index] if index >= 0 else None
             name = after.name if after is not None else "no task"
-            args = self._args if isinstance(self._args, Mapping) else vars(self._args)
             cell = evaluate_task(
-                self._model, self.tokenizer, task, self._evaluation,  # type: ignore[arg-type]
-                max_prompt_length=self._data.max_prompt_length, description=f"after {name}: scoring {task.name}",
+                model,
+                self.model.tokenizer,
+                task,
+                self._evaluation,
+                max_prompt_length=self._data.max_prompt_length,
+                description=f"after {name}: scoring {task.name}",
                 autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
-            )  # fmt: skip
+            )
             self.directory.write_cell(after, task, cell)
             print(f"after {name}: {task.name} {cell.metric} = {100 * cell.score:.1f} (n={cell.n})", flush=True)
             if self._stop.stop:
@@ -649,96 +566,6 @@ class TaskQueue:
             raise
 
 
-def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArguments:
-    """Training arguments for one task; unknown names are refused with the nearest one."""
-    cls = ContinualSeq2SeqTrainingArguments if seq2seq else ContinualTrainingArguments
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
-    for option in options:
-        if option not in known:
-            raise InputError(f"training.{option} is not a training argument{did_you_mean(option, known)}")
-    defaults = {
-        "report_to": "none",
-        "save_total_limit": 1,
-        "stop_on_nonfinite_loss": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),  # without one it does nothing but warn
-    }
-    for field_ in dataclasses.fields(cls):
-        if field_.name in options and not _fits(options[field_.name], field_.type):
-            raise InputError(
-                f"training.{field_.name}={options[field_.name]!r} must be of type {_type_name(field_.type)}"
-            )
-    try:
-        return cls(**{**defaults, **options})
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"training: {error}") from error
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value suits a field that takes numbers or truth values alone; other fields check their own."""
-    kinds = set(typing.get_args(annotation) or [annotation])
-    if not kinds <= {int, float, bool, type(None)}:
-        return True
-    return type(value) in kinds or (type(value) is int and float in kinds)
-
-
-def _type_name(annotation: Any) -> str:
-    names = [kind.__name__ for kind in typing.get_args(annotation) or [annotation] if kind is not type(None)]
-    return " or ".join(names)
-
-
-def usable_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint, after removing those that a process left half-written or that were damaged since."""
-    for path in Path(folder).glob("checkpoint-*"):
-        sizes = try_json(path / SIZES) or {}
-        if any(not (path / n).is_file() or (path / n).stat().st_size != size for n, size in sizes.items()):
-            shutil.rmtree(path, ignore_errors=True)
-    newest = last_complete_checkpoint(folder)
-    for path in Path(folder).glob("checkpoint-*"):
-        if path != newest:
-            shutil.rmtree(path, ignore_errors=True)
-    return newest
-
-
-def load_full(model: nn.Module, folder: Path) -> None:
-    """Load the weights of a full model saved by `save_pretrained` into `model`."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    state: dict[str, Any] = {}
-    for file in files:
-        state |= load_file(str(folder / file))
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    if unexpected or set(missing) - tied:
-        raise InputError(
-            f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two"
-        )
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
-
-
-def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first differing key of two recipes, other than those that do not change what is learnt."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
-            path = f"{key}.{name}" if key else name
-            if path in HARMLESS or path.startswith("training.logging"):
-                continue
-            found = first_difference(old.get(name), new.get(name), path)
-            if found:
-                return found
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = (first_difference(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(old, new, strict=True)))
-        return next((found for found in pairs if found), None)
-    return None if old == new else (key, old, new)
-
-
-HARMLESS = {"name", "run_dir", "base_dir", "tasks", "training.disable_tqdm", "training.report_to", "training.run_name",
-            "training.save_steps", "training.save_strategy", "training.save_total_limit", "variants", "seeds"}  # fmt: skip
-
-
 def _concatenate(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, datasets.Dataset) for part in parts):
         columns = set.intersection(*(set(part.column_names) for part in parts))
@@ -746,42 +573,11 @@ def _concatenate(parts: Sequence[Any]) -> Any:
     return torch.utils.data.ConcatDataset(parts)
 
 
-def _plain_peft(config: Any) -> Any:
-    if config is None:
-        return None
-    options = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    return json.loads(json.dumps(options, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
-
-
-def _changed(args: TrainingArguments) -> dict[str, Any]:
-    reference = type(args)(output_dir="")
-    names = [f.name for f in dataclasses.fields(args) if f.init and f.name not in ("output_dir", "methods")]
-    return {n: getattr(args, n) for n in names if getattr(args, n) != getattr(reference, n)}
-
-
-def versions() -> dict[str, str]:
-    from . import __version__
-
-    modules = {
-        "torch": torch,
-        "transformers": transformers,
-        "peft": peft,
-        "accelerate": accelerate,
-        "datasets": datasets,
-    }
-    return {
-        "hf_continual": __version__,
-        "python": platform.python_version(),
-        **{k: m.__version__ for k, m in modules.items()},
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of this package's checkout, if it is one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def readable(task: Task, index: int) -> Task:
+    """The task at its place in the stream, with its rows checked and brought to the canonical columns."""
+    return dataclasses.replace(
+        task,
+        index=index,
+        train_dataset=as_rows(task.train_dataset, f"train_dataset of task '{task.name}'"),
+        eval_dataset=as_rows(task.eval_dataset, f"eval_dataset of task '{task.name}'"),
+    )

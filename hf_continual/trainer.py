@@ -73,6 +73,7 @@ class ContinualMixin(_Parent):
         self.dist = Distributed(self.accelerator)
         self.ctx: MethodContext | None = None
         self.interrupted = False
+        self.seeds_per_task = False
         """Set it to end a task early without merging: `train()` then returns before `on_task_end`."""
         self._forward_seen = self._seam_passed = False
         self._new_parameters: list[str] = []
@@ -104,6 +105,11 @@ class ContinualMixin(_Parent):
             return output
         if trial is not None:
             self._refuse_search()
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"one process sees {self.args.n_gpu} GPUs and would run torch.nn.DataParallel, whose replicas the methods "
+                "cannot follow; start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            )
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
             self._load_methods(Path(checkpoint))  # how many tasks are done, before the task begins
@@ -161,7 +167,10 @@ class ContinualMixin(_Parent):
         elif task.index < done:
             task = dataclasses.replace(task, index=done)
         model = self.accelerator.unwrap_model(self.model)
-        return MethodContext(model, task, self.dist, LoraView(model), self.state, self.args.seed, self._log_value)
+        # Every Trainer seeds the generator with args.seed, so each task's new adapter would start from the same weights.
+        adapter_seed = None if self.seeds_per_task else self.args.seed + task.index
+        lora = LoraView(model, adapter_seed)
+        return MethodContext(model, task, self.dist, lora, self.state, self.args.seed, self._log_value)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     MethodSpec = Any
@@ -54,9 +57,7 @@ def _parse(spec: Any) -> Any:
         except json.JSONDecodeError as error:
             raise InputError(f'methods: {spec!r} is not JSON ({error}); write \'{{"name": "migu"}}\'') from error
     if not isinstance(spec, (str, Mapping)):
-        raise InputError(
-            f"args.methods: {spec!r} is no name or mapping; give method objects to the trainer's methods="
-        )
+        raise InputError(f"args.methods: {spec!r} is no name or mapping; give method objects to the trainer's methods=")
     return spec
 
 
@@ -68,3 +69,42 @@ class ContinualTrainingArguments(ContinualArgumentsMixin, TrainingArguments):
 @dataclass
 class ContinualSeq2SeqTrainingArguments(ContinualArgumentsMixin, Seq2SeqTrainingArguments):
     """[`~transformers.Seq2SeqTrainingArguments`] plus [`ContinualArgumentsMixin`]."""
+
+
+def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArguments:
+    """Training arguments for one task; unknown names are refused with the nearest one."""
+    cls = ContinualSeq2SeqTrainingArguments if seq2seq else ContinualTrainingArguments
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    for option in options:
+        if option not in known:
+            raise InputError(f"training.{option} is not a training argument{did_you_mean(option, known)}")
+    defaults = {
+        "report_to": "none",
+        "save_total_limit": 1,
+        "stop_on_nonfinite_loss": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without one it does nothing but warn
+    }
+    for field_ in dataclasses.fields(cls):
+        if field_.name in options and not _fits(options[field_.name], field_.type):
+            raise InputError(
+                f"training.{field_.name}={options[field_.name]!r} must be of type {_type_name(field_.type)}"
+            )
+    try:
+        return cls(**{**defaults, **options})
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"training: {error}") from error
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value suits a field that takes numbers or truth values alone; other fields check their own."""
+    kinds = set(typing.get_args(annotation) or [annotation])
+    if not kinds <= {int, float, bool, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _type_name(annotation: Any) -> str:
+    names = [kind.__name__ for kind in typing.get_args(annotation) or [annotation] if kind is not type(None)]
+    return " or ".join(names)

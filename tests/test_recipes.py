@@ -16,7 +16,7 @@ from hf_continual.recipes import (
     with_absolute_paths,
 )
 from hf_continual.streams import describe_stream
-from hf_continual.task_queue import make_training_args
+from hf_continual.training_args import make_training_args
 
 BASE = {"model": {"name": "somewhere"}, "tasks": [{"name": "a", "path": "a.jsonl"}], "name": "r"}
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hf_continual import InputError, TaskQueue
 from hf_continual.errors import Interrupted
 from hf_continual.run_state import RunDirectory
+from hf_continual.run_model import RunModel
 from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 
 IDS = torch.tensor([[5, 9, 30, 41, 60, 7]])
@@ -68,7 +69,7 @@ def test_scores_and_raw_predictions(finished):
 def test_adapters_load_in_plain_peft(finished, name):
     run, queue = finished(name), make_queue(finished(name), name)
     for index in range(2):
-        ours = queue.load_model_after(index).eval()(IDS).logits
+        ours = queue.model.after(index).eval()(IDS).logits
         plain = PeftModel.from_pretrained(tiny_model("llama"), str(run / "tasks" / f"0{index}-toy{index}" / "adapter"))
         theirs = plain.eval()(IDS).logits
         base = tiny_model("llama").eval()(IDS).logits
@@ -84,7 +85,7 @@ def test_full_model_loads_in_plain_transformers(finished):
     run, queue = finished("full"), make_queue(finished("full"), "full")
     for index in range(2):
         plain = AutoModelForCausalLM.from_pretrained(str(run / "tasks" / f"0{index}-toy{index}" / "model"))
-        assert torch.equal(queue.load_model_after(index).eval()(IDS).logits, plain.eval()(IDS).logits)
+        assert torch.equal(queue.model.after(index).eval()(IDS).logits, plain.eval()(IDS).logits)
         assert not torch.equal(plain(IDS).logits, tiny_model("llama")(IDS).logits)
 
 
@@ -92,7 +93,7 @@ def test_finished_run_says_so_and_trains_nothing(finished, capsys, monkeypatch):
     run = finished("naive")
     before = {p: p.stat().st_mtime_ns for p in run.glob("tasks/**/*")}
     monkeypatch.setattr(TaskQueue, "_learn", lambda *a: pytest.fail("trained again"))
-    monkeypatch.setattr(TaskQueue, "_ensure_model", lambda *a: pytest.fail("loaded a model"))
+    monkeypatch.setattr(RunModel, "fresh", lambda *a, **k: pytest.fail("loaded a model"))
     result = make_queue(run).run()
     assert "finished, 2 task(s) learnt; nothing to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in run.glob("tasks/**/*")} == before

@@ -25,6 +25,23 @@ def test_adds_an_adapter_per_task_and_only_the_newest_learns(tmp_path):
     assert all(float(now[n].abs().max()) > 0 for n in learns if "lora_B" in n)  # B started at zero, so it moved
 
 
+def test_new_adapters_start_from_different_weights(tmp_path):
+    model, methods = tiny_model(lora=True), [IncLoRA()]
+    for i in range(3):
+        train_task(model, toy_rows(seed=i), methods, tmp_path / str(i), learning_rate=0.0)
+    starts = [p for n, p in weights(model).items() if "layers.0.self_attn.q_proj.lora_A" in n]
+    assert len(starts) == 3 and not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_refuses_adapters_whose_sum_is_no_adapter(options, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model, methods = get_peft_model(tiny_model(), config), [IncLoRA()]
+    train_task(model, toy_rows(), methods, tmp_path / "0")
+    with pytest.raises(InputError, match=f"peft.{next(iter(options))}="):
+        train_task(model, toy_rows(), methods, tmp_path / "1")
+
+
 def test_output_is_the_sum_of_all_adapters(tmp_path):
     model, methods = tiny_model(lora=True), [IncLoRA()]
     for i in range(3):

@@ -1,0 +1,172 @@
+"""The model of a run: fresh, or as it was after a learnt task, from memory or from that task's folder."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from .errors import InputError, build
+from .lora import LoraView
+from .models import ModelConfig, apply_lora, fix_loss_scaling, load_model, load_tokenizer
+from .provenance import fingerprint
+from .run_state import read_json, write_json
+from .tokenization import ensure_pad_token
+
+BEFORE_ANY_TASK = -1
+
+
+class RunModel:
+    """Holds the model of one run.
+
+    Args:
+        source: a model, a function returning one, a name or path, or [`ModelConfig`] or its options.
+        tokenizer: by default that of `source`.
+        peft_config: `LoraConfig` or its options; None fine-tunes the full model.
+        seed: of weights that are drawn.
+        folder_of: where task `i` is committed.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        peft_config: Any,
+        seed: int,
+        folder_of: Callable[[int], Path],
+    ) -> None:
+        if isinstance(source, str):
+            source = ModelConfig(name=source)
+        elif isinstance(source, Mapping):
+            source = build(ModelConfig, source, "model")
+        self.source, self.peft_config, self.seed = source, peft_config, seed
+        self._tokenizer, self._folder_of = tokenizer, folder_of
+        self._model: nn.Module | None = None
+        self._at: int | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            if not isinstance(self.source, ModelConfig):
+                raise InputError("processing_class: give the tokenizer, since the model was given as an object")
+            self._tokenizer = load_tokenizer(self.source)
+        ensure_pad_token(self._tokenizer)
+        return self._tokenizer
+
+    @property
+    def at(self) -> int | None:
+        """The task after which the model in memory is."""
+        return self._at
+
+    def description(self) -> Any:
+        """What a run records, to refuse another model later."""
+        if isinstance(self.source, ModelConfig):
+            return {k: v for k, v in vars(self.source).items() if v is not None}
+        return {"fingerprint": fingerprint(self._bare())}
+
+    def _bare(self, empty: bool = False) -> Any:
+        set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
+        if isinstance(self.source, ModelConfig):
+            return load_model(self.source, empty=empty)
+        return copy.deepcopy(self.source) if isinstance(self.source, nn.Module) else self.source()
+
+    def fresh(self, empty: bool = False) -> Any:
+        """The model before any task; with `empty` without weights, for checks."""
+        model = self._bare(empty)
+        fix_loss_scaling(model)
+        words, tokens = model.get_input_embeddings().weight.shape[0], len(self.tokenizer)
+        if tokens > words:
+            raise InputError(
+                f"the tokenizer has {tokens} tokens and the model embeds only {words}; use the model's own tokenizer"
+            )
+        if self.peft_config is not None and not isinstance(model, PeftModel):
+            set_seed(self.seed)
+            model = apply_lora(model, self.peft_config)
+        if isinstance(model, PeftModel):
+            self._check_adapters(model)
+        return model.to("meta") if empty else model
+
+    def _check_adapters(self, model: Any) -> None:
+        """Everything that learns must be in the adapters, for only they are committed."""
+        LoraView(model).peft_model("the task queue")
+        saved = ("lora_", "modules_to_save", "trainable_tokens")
+        loose = [n for n, p in model.named_parameters() if p.requires_grad and not any(word in n for word in saved)]
+        biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
+        if loose and not (biases and all(n.endswith("bias") for n in loose)):
+            raise InputError(
+                f"the parameter '{loose[0]}' learns outside the adapter and would not be saved with it; freeze it, or name "
+                "its module in peft.modules_to_save"
+            )
+
+    def after(self, index: int) -> Any:
+        """The model after task `index` (-1: before any), from memory or from its commit."""
+        if self._model is None or self._at != index:
+            self.release()
+            model = self.fresh()
+            if index != BEFORE_ANY_TASK:
+                folder = self._folder_of(index)
+                meta = read_json(folder / "model.json")
+                if meta["kind"] == "lora":
+                    LoraView(model).load(folder / "adapters", meta)
+                else:
+                    load_full(model, folder / "model")
+            self._model, self._at = model, index
+        return self._model
+
+    def take(self, index: int) -> Any:
+        """As `after`, for training in place: the model in memory is nobody's until `keep`."""
+        model = self.after(index)
+        self._model, self._at = None, None
+        return model
+
+    def keep(self, model: nn.Module, index: int) -> None:
+        self._model, self._at = model, index
+
+    def release(self) -> None:
+        self._model, self._at = None, None
+        gc.collect()
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the model in plain PEFT or plain transformers layout, and what `after` needs."""
+        view = LoraView(model)
+        if view.is_peft:
+            meta = {"kind": "lora", **view.save(folder / "adapters")}
+            view.export(folder / "adapter")
+        else:
+            meta = {"kind": "full"}
+            model.save_pretrained(str(folder / "model"))
+            self.tokenizer.save_pretrained(str(folder / "model"))
+        write_json(folder / "model.json", meta)
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a full model saved by `save_pretrained` into `model`."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    state: dict[str, Any] = {}
+    for file in files:
+        state |= load_file(str(folder / file))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    if unexpected or set(missing) - tied:
+        raise InputError(
+            f"{folder} does not fit this model: '{sorted({*unexpected, *missing} - tied)[0]}' is in only one of the two"
+        )
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def training_device(use_cpu: bool) -> torch.device:
+    """The device on which the Trainer would put a model."""
+    if use_cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator() or "cpu")
