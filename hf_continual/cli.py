@@ -165,13 +165,11 @@ def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _merge(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from . import recipes
     from .merging import write_merged
     from .models import quiet
 
     quiet()
-    run = recipes.open_run(args.run)
-    task = write_merged(run.queue(), Path(args.out), args.task)
+    task = write_merged(args.run, args.out, args.task)
     print(f"wrote the model after task '{task}' to {args.out}")
     return 0
 

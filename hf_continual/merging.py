@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 
-from .errors import InputError, did_you_mean
+from .errors import InputError, build, did_you_mean
 from .lora import LoraView
-from .run_state import disk_full
-
-if TYPE_CHECKING:
-    from .task_queue import TaskQueue
+from .models import ModelConfig, load_model, load_tokenizer
+from .run_state import RunDirectory, disk_full, read_json
+from .tasks import Task
 
 
 @torch.no_grad()
@@ -47,28 +47,52 @@ def merge_adapters(model: Any, tolerance: float = 1e-3) -> Any:
     return merged
 
 
-def write_merged(queue: TaskQueue, out: Path, task: str | None = None) -> str:
-    """Write the model after `task` (default: the last learnt) to `out`, in transformers layout. Returns the task."""
-    learnt = [t for t in queue.learnt_tasks if queue.directory.is_learnt(t)]
+def write_merged(run_dir: str | Path, out: str | Path, task: str | None = None) -> str:
+    """Write the model after `task` (default: the last learnt) to `out`, in transformers layout. Returns the task.
+
+    Needs the run directory and the base model, not the data.
+
+    Raises:
+        InputError: if nothing is learnt, `out` is not empty, or the run was started from a model object in Python.
+    """
+    directory, out = RunDirectory(run_dir), Path(out)
+    directory.read_recipe()  # says so if this is no run directory
+    stored = [Task(entry["name"], index=i) for i, entry in enumerate(directory.read_queue()["tasks"])]
+    learnt = {t.name: t for t in stored if directory.is_learnt(t)}
     if not learnt:
-        raise InputError(f"run directory {queue.directory.path} has learnt no task yet; run it first")
-    names = [t.name for t in learnt]
-    if task is not None and task not in names:
-        raise InputError(f"--task {task}: the run has not learnt it{did_you_mean(task, names)}")
+        raise InputError(f"run directory {directory.path} has learnt no task yet; run it first")
+    if task is not None and task not in learnt:
+        raise InputError(f"--task {task}: the run has not learnt it{did_you_mean(task, learnt)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"-o {out}: it is a file or a folder that is not empty; give a new folder")
-    index = names.index(task) if task is not None else len(names) - 1
-    queue.directory.check_task(learnt[index])
-    model = merge_adapters(queue.model.after(index))
+    chosen = learnt[task] if task is not None else list(learnt.values())[-1]
+    directory.check_task(chosen)
+    model, tokenizer = _load(directory, directory.task_folder(chosen))
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(str(temporary))
-        queue.model.tokenizer.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
         temporary.replace(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and not disk_full(error):
             raise InputError(f"-o {out}: it cannot be written ({error.strerror}); give another folder") from error
         raise
-    return names[index]
+    return chosen.name
+
+
+def _load(directory: RunDirectory, folder: Path) -> tuple[Any, Any]:
+    """The merged model of a task's folder, and its tokenizer."""
+    if read_json(folder / "model.json")["kind"] == "full":
+        config = ModelConfig(name=str((folder / "model").resolve()), dtype="auto")
+        return load_model(config), load_tokenizer(config)
+    source = directory.read_recipe().get("model") or {}
+    if "name" not in source:
+        raise InputError(
+            f"run directory {directory.path} was started from a model object; merge it from Python: "
+            f"merge_adapters(PeftModel.from_pretrained(model, '{folder / 'adapter'}'))"
+        )
+    config = build(ModelConfig, source, "model")
+    model = PeftModel.from_pretrained(load_model(config), str(folder / "adapter"))
+    return merge_adapters(model), load_tokenizer(config)

@@ -173,7 +173,9 @@ def fix_loss_scaling(model: PreTrainedModel) -> PreTrainedModel:
     T5, BERT's classifiers and their kin accept `num_items_in_batch` through `**kwargs` and ignore it; the Trainer then
     takes their loss for normalised and, under gradient accumulation, adds up what it should average.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     forward = inspect.unwrap(type(base).forward)
     try:
         source = inspect.getsource(forward)

@@ -113,12 +113,17 @@ def test_each_prompt_is_encoded_once_for_all_its_labels():
     task = Task("t", eval_dataset=data, labels=["red", "blue", "green"], scorer="label_likelihood")
     evaluate_task(model, tokenizer, task, EvaluationConfig(batch_size=6), max_prompt_length=32)
     prompt = len(encode_prompt(data[0]["prompt"], tokenizer, 32, False))
-    assert tokens == [2 * prompt, 6 * 1]  # two prompts once, then one token for each of six answers (the end is not fed)
+    assert tokens == [
+        2 * prompt,
+        6 * 1,
+    ]  # two prompts once, then one token for each of six answers (the end is not fed)
 
 
 def test_scores_can_be_computed_later_from_kept_predictions():
     stream = toy_stream(1)
-    cell = evaluate_task(tiny_model(), toy_tokenizer(), stream[0], EvaluationConfig(max_new_tokens=4), max_prompt_length=16)
+    cell = evaluate_task(
+        tiny_model(), toy_tokenizer(), stream[0], EvaluationConfig(max_new_tokens=4), max_prompt_length=16
+    )
     later = make_cell("rouge_l", cell.predictions, cell.settings)
     assert later.metric == "rouge_l" and later.n == 6 and later.others["exact_match"] == cell.score
 
@@ -137,7 +142,9 @@ def test_evaluating_restores_the_model():
 def test_evaluation_leaves_the_random_state_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    evaluate_task(tiny_model(), toy_tokenizer(), toy_stream(1)[0], EvaluationConfig(max_new_tokens=3), max_prompt_length=16)
+    evaluate_task(
+        tiny_model(), toy_tokenizer(), toy_stream(1)[0], EvaluationConfig(max_new_tokens=3), max_prompt_length=16
+    )
     torch.manual_seed(3)
     assert torch.equal(before, torch.get_rng_state())
 

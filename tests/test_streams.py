@@ -147,8 +147,7 @@ def test_quickstart_train_and_eval_never_meet() -> None:
     for seed in (1, 2):
         for task in load_stream("quickstart", seed=seed, train_rows=600, eval_rows=300):
             bags = [
-                {tuple(sorted(p.lower().split())) for p in d["prompt"]}
-                for d in (task.train_dataset, task.eval_dataset)
+                {tuple(sorted(p.lower().split())) for p in d["prompt"]} for d in (task.train_dataset, task.eval_dataset)
             ]
             train |= bags[0]
             evaluation |= bags[1]

@@ -96,9 +96,7 @@ def test_two_tasks_with_migu_and_replay(tmp_path):
     for index in range(2):
         before = weights(model)
         options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1} if index else {}
-        trainer = fit(
-            tmp_path, model, data=rows(index), given={"methods": methods, "eval_dataset": rows(1)}, **options
-        )
+        trainer = fit(tmp_path, model, data=rows(index), given={"methods": methods, "eval_dataset": rows(1)}, **options)
         steps.append(len(trainer.get_train_dataloader()))
         assert trainer.evaluate()["eval_loss"] > 0
     assert steps == [3, 3] and methods[1].sizes_ == {"task0": 4, "task1": 4} and methods[0].tasks_done_ == 2

@@ -69,7 +69,9 @@ def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [context.Process(target=work, args=(rank, port, name, lora, tmp_path, accumulation)) for rank in range(2)]
+    children = [
+        context.Process(target=work, args=(rank, port, name, lora, tmp_path, accumulation)) for rank in range(2)
+    ]
     for child in children:
         child.start()
     for child in children:

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from toy_runs import save_model
+from transformers import AutoModelForCausalLM
+
+from hf_continual import TaskQueue
+from hf_continual.errors import InputError
+from hf_continual.merging import merge_adapters, write_merged
+from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
+
+IDS = torch.arange(3, 15).view(1, -1)
+
+
+def test_a_run_from_python_is_merged_without_its_data(tmp_path):
+    save_model(tmp_path / "model")
+    options = {**toy_queue_options(num_train_epochs=1), "model": str(tmp_path / "model"), "processing_class": None}
+    TaskQueue(tmp_path / "run", tasks=toy_stream(2), methods=["inclora"], **options).run()
+    assert write_merged(tmp_path / "run", tmp_path / "out") == "toy1"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run/tasks/01-toy1/adapter").eval()(IDS).logits
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
+
+
+def test_a_run_from_a_model_object_says_how_to_merge(tmp_path):
+    TaskQueue(tmp_path / "run", tasks=toy_stream(1), **toy_queue_options(num_train_epochs=1)).run()
+    with pytest.raises(InputError, match="merge it from Python"):
+        write_merged(tmp_path / "run", tmp_path / "out")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "run/tasks/00-toy0/adapter").eval()
+    expected = model(IDS).logits
+    torch.testing.assert_close(merge_adapters(model)(IDS).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_merge_that_changes_the_outputs_is_refused(monkeypatch):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda self, **kwargs: self.unload())
+    with pytest.raises(InputError, match="differs from the adapted one"):
+        merge_adapters(model)
