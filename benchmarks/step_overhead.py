@@ -56,8 +56,8 @@ from hf_continual import (
 )
 from hf_continual.methods.migu import MIGU
 from hf_continual.models import ModelConfig, apply_lora, fix_loss_scaling, load_model
-from hf_continual.recipes import load_recipe
 from hf_continual.provenance import versions
+from hf_continual.recipes import load_recipe
 from hf_continual.testing import equal, tiny_model, weights
 
 TRAINERS = ("trainer", "ours", "ours+migu")

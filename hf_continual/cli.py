@@ -108,7 +108,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             for name in wanted:
                 if name not in {str(r.variant) for r in runs}:
                     raise InputError(
-                        f"--only {name}: the recipe has no such variant; it has {', '.join(sorted({str(r.variant) for r in runs}))}"
+                        f"--only {name}: the recipe has no such variant; it has "
+                        f"{', '.join(sorted({str(r.variant) for r in runs}))}"
                     )
             runs = [r for r in runs if str(r.variant) in wanted]
         shared = {r.run_dir for r in runs}

@@ -95,7 +95,8 @@ class LoraView:
         for option, refused in unfit.items():
             if refused:
                 raise InputError(
-                    f"method '{method}' cannot stack adapters with peft.{option}={getattr(first, option)!r}: their sum is "
+                    f"method '{method}' cannot stack adapters with peft.{option}={getattr(first, option)!r}: "
+                    "their sum is "
                     "not one plain adapter; use LoRA on linear layers without it"
                 )
         if first.modules_to_save:

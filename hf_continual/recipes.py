@@ -193,11 +193,20 @@ class Run:
         recipe = self.recipe
         trainer_class = _import_class(recipe["trainer"]) if recipe["trainer"] else None
         return TaskQueue(
-            self.run_dir, model=ModelConfig(**recipe["model"]), tasks=tasks, methods=recipe["methods"], args=recipe["training"],
-            peft_config=recipe["peft"], data=recipe["data"], evaluation=recipe["evaluation"], seed=self.seed,
-            joint=recipe["joint"], trainer_class=trainer_class, recipe={**recipe, "variant": self.variant, "base_dir": str(self.base_dir)},
+            self.run_dir,
+            model=ModelConfig(**recipe["model"]),
+            tasks=tasks,
+            methods=recipe["methods"],
+            args=recipe["training"],
+            peft_config=recipe["peft"],
+            data=recipe["data"],
+            evaluation=recipe["evaluation"],
+            seed=self.seed,
+            joint=recipe["joint"],
+            trainer_class=trainer_class,
+            recipe={**recipe, "variant": self.variant, "base_dir": str(self.base_dir)},
             variant=self.variant,
-        )  # fmt: skip
+        )
 
 
 def added_tasks(run_dir: Path) -> list[dict[str, Any]]:
@@ -296,7 +305,8 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for taken in ("output_dir", "methods", "seed"):
         if taken in resolved["training"]:
             raise InputError(
-                f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of the recipe"
+                f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of "
+                "the recipe"
             )
     make_training_args({"output_dir": "unused", **resolved["training"]}, seq2seq=True)
     if not isinstance(resolved["joint"], bool):
@@ -305,8 +315,10 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         resolved["methods"] = [resolved["methods"]]
     if not isinstance(resolved["methods"], list):
         raise InputError(f"methods={resolved['methods']!r} must be a list of names or mappings")
-    resolved["methods"] = [{"name": _method_word(spec), **method.options()}
-                           for spec, method in zip(resolved["methods"], MethodList(resolved["methods"]), strict=True)]  # fmt: skip
+    resolved["methods"] = [
+        {"name": _method_word(spec), **method.options()}
+        for spec, method in zip(resolved["methods"], MethodList(resolved["methods"]), strict=True)
+    ]
     _check_tasks(resolved["tasks"])
     return resolved
 

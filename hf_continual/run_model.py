@@ -102,7 +102,8 @@ class RunModel:
         biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
         if loose and not (biases and all(n.endswith("bias") for n in loose)):
             raise InputError(
-                f"the parameter '{loose[0]}' learns outside the adapter and would not be saved with it; freeze it, or name "
+                f"the parameter '{loose[0]}' learns outside the adapter and would not be saved with it; freeze "
+                "it, or name "
                 "its module in peft.modules_to_save"
             )
 

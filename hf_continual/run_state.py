@@ -2,7 +2,7 @@
 
     run/
       recipe.yaml           the resolved recipe
-      queue.json            schema, tasks, cursor (tasks learnt and evaluated), seeds, versions: written last, the commit
+      queue.json            schema, tasks, cursor (tasks learnt and scored), seed, versions: written last, the commit
       scores.jsonl          one JSON object per evaluated cell R[after_task, task]
       tasks/00-name/        one learnt task, renamed into place when complete
         adapter/            one PEFT adapter (all of the task's adapters together), loadable with plain peft; or
@@ -280,9 +280,11 @@ class RunDirectory:
         path = self.prediction_folder(after) / f"{task.name}.json"
         row = try_json(path)
         expected = {
-            "after_task": after.name if after is not None else None, "after_index": after.index if after is not None else -1,
-            "task": task.name, "task_index": task.index,
-        }  # fmt: skip
+            "after_task": after.name if after is not None else None,
+            "after_index": after.index if after is not None else -1,
+            "task": task.name,
+            "task_index": task.index,
+        }
         if (
             not isinstance(row, dict)
             or any(row.get(key, "") != value for key, value in expected.items())
@@ -315,13 +317,14 @@ class RunDirectory:
                 same = False
             if not same:
                 raise InputError(
-                    f"{path} line {number} is truncated or was edited, or the prediction file behind it; delete {path.name} "
+                    f"{path} line {number} is truncated or was edited, or the prediction file behind it; "
+                    f"delete {path.name} "
                     "and run again, it is rebuilt from tasks/*/predictions"
                 )
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error from anywhere below (torch and safetensors raise their own) means that nothing more can be written."""
+    """Whether an error from anywhere below (torch and safetensors raise their own) means a full disk."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG

@@ -164,7 +164,7 @@ class TaskQueue:
         return [Task(JOINT, train_dataset=_concatenate(parts), index=0)]
 
     def add(self, task: Task, record: Callable[[], None] | None = None) -> None:
-        """Append a task. It is learnt by the next `run()`, from the last commit, as if it had been there from the start.
+        """Append a task. It is learnt by the next `run()`, from the last commit, as if it had always been there.
 
         `record` is called before queue.json is written, once nothing speaks against the task.
 
@@ -230,7 +230,8 @@ class TaskQueue:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the task queue runs in one process in this version; start it without "
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the task queue runs in one process in this version; "
+                "start it without "
                 "a launcher, or use ContinualTrainer by hand under the launcher"
             )
         with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
@@ -279,7 +280,8 @@ class TaskQueue:
         for task in self.learnt_tasks[:cursor]:
             if not self.directory.is_learnt(task):
                 raise InputError(
-                    f"{self.directory.path / 'queue.json'} says that task '{task.name}' is learnt and {self.directory.task_folder(task)} "
+                    f"{self.directory.path / 'queue.json'} says that task '{task.name}' is learnt and "
+                    f"{self.directory.task_folder(task)} "
                     "is missing; restore it, or start again in another run directory"
                 )
         learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
@@ -359,17 +361,20 @@ class TaskQueue:
         for i, stored in enumerate(queue["tasks"]):
             if i >= len(mine):
                 raise InputError(
-                    f"{where} also has the task '{stored['name']}', which this stream lacks; give the whole stream, or use "
+                    f"{where} also has the task '{stored['name']}', which this stream lacks; give the whole "
+                    "stream, or use "
                     "another run directory"
                 )
             if stored["name"] != mine[i].name:
                 raise InputError(
-                    f"{where} belongs to another recipe: its task {i} is '{stored['name']}' and not '{mine[i].name}'; use "
+                    f"{where} belongs to another recipe: its task {i} is '{stored['name']}' and not "
+                    f"'{mine[i].name}'; use "
                     "another run directory"
                 )
             if stored["hash"] != content_hash(mine[i].train_dataset):
                 raise InputError(
-                    f"{where} belongs to another recipe: the training rows of task '{mine[i].name}' differ from those it "
+                    f"{where} belongs to another recipe: the training rows of task '{mine[i].name}' differ "
+                    "from those it "
                     "was started with; use another run directory"
                 )
         for stored, task in zip(queue.get("evaluation", ()), self.stream, strict=False):
@@ -382,13 +387,15 @@ class TaskQueue:
         names = [m.name for m in MethodList(copy.deepcopy(self._method_specs))]
         if queue.get("method_names") != names or queue.get("seed") != self.seed:
             raise InputError(
-                f"{where} belongs to another recipe: methods {queue.get('method_names')} with seed {queue.get('seed')} and not "
+                f"{where} belongs to another recipe: methods {queue.get('method_names')} with seed "
+                f"{queue.get('seed')} and not "
                 f"{names} with seed {self.seed}; use another run directory"
             )
         stored_recipe = self.directory.read_recipe()
         if queue.get("recipe_sha256") not in (None, self.directory.recipe_checksum()):
             raise InputError(
-                f"{self.directory.path / 'recipe.yaml'} was edited after the run was started; undo the change, or run the "
+                f"{self.directory.path / 'recipe.yaml'} was edited after the run was started; undo the change, "
+                "or run the "
                 "changed recipe in another run directory"
             )
         recipe = dict(self._recipe) if self._recipe is not None else self._description()
@@ -396,7 +403,8 @@ class TaskQueue:
         if difference:
             key, old, new = difference
             raise InputError(
-                f"{where} belongs to another recipe: {key} is {old!r} there and {new!r} here; use the same recipe, or another "
+                f"{where} belongs to another recipe: {key} is {old!r} there and {new!r} here; use the same "
+                "recipe, or another "
                 "run directory"
             )
 
@@ -417,14 +425,20 @@ class TaskQueue:
         trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
         if not issubclass(trainer_class, ContinualMixin):
             raise InputError(
-                f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, {trainer_class.__name__})"
+                f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, "
+                f"{trainer_class.__name__})"
             )
         kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop, CheckpointSizes()]
         trainer = trainer_class(
-            model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, methods=methods, task=task,
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            methods=methods,
+            task=task,
             **kwargs,
-        )  # fmt: skip
+        )
         self._stop.trainer = trainer
         trainer.seeds_per_task = True
         checkpoint = usable_checkpoint(self.directory.work_folder(task))
@@ -496,8 +510,11 @@ class TaskQueue:
 
     def _missing_cells(self, learnt: int) -> list[tuple[int, Task]]:
         tasks = self.learnt_tasks
-        return [(i, task) for i, task in self._wanted_cells(learnt)
-                if not self.directory.has_cell(tasks[i] if i >= 0 else None, task)]  # fmt: skip
+        return [
+            (i, task)
+            for i, task in self._wanted_cells(learnt)
+            if not self.directory.has_cell(tasks[i] if i >= 0 else None, task)
+        ]
 
     def _evaluate_missing(self, learnt: int) -> None:
         tasks = self.learnt_tasks
@@ -560,7 +577,8 @@ class TaskQueue:
                 ) from error
             if isinstance(error, PermissionError):
                 raise InputError(
-                    f"run_dir={self.directory.path}: {error.filename or 'a file'} cannot be written ({error.strerror}); "
+                    f"run_dir={self.directory.path}: {error.filename or 'a file'} cannot be written "
+                    f"({error.strerror}); "
                     "change its permissions, or use another run directory"
                 ) from error
             raise

@@ -107,7 +107,8 @@ class ContinualMixin(_Parent):
             self._refuse_search()
         if self.args.n_gpu > 1:
             raise InputError(
-                f"one process sees {self.args.n_gpu} GPUs and would run torch.nn.DataParallel, whose replicas the methods "
+                f"one process sees {self.args.n_gpu} GPUs and would run torch.nn.DataParallel, whose replicas "
+                "the methods "
                 "cannot follow; start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
             )
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
@@ -167,7 +168,7 @@ class ContinualMixin(_Parent):
         elif task.index < done:
             task = dataclasses.replace(task, index=done)
         model = self.accelerator.unwrap_model(self.model)
-        # Every Trainer seeds the generator with args.seed, so each task's new adapter would start from the same weights.
+        # Every Trainer seeds the generator with args.seed: each task's new adapter would start from the same weights.
         adapter_seed = None if self.seeds_per_task else self.args.seed + task.index
         lora = LoraView(model, adapter_seed)
         return MethodContext(model, task, self.dist, lora, self.state, self.args.seed, self._log_value)

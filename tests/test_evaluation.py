@@ -52,8 +52,13 @@ def test_rouge_l_by_hand_and_best_reference():
 def test_batched_generation_equals_one_row_at_a_time(kind):
     model, tokenizer = sharp_model(kind), toy_tokenizer()
     data = rows()
-    cell = evaluate_task(model, tokenizer, Task("t", eval_dataset=data), EvaluationConfig(batch_size=4, max_new_tokens=5),
-                         max_prompt_length=32)  # fmt: skip
+    cell = evaluate_task(
+        model,
+        tokenizer,
+        Task("t", eval_dataset=data),
+        EvaluationConfig(batch_size=4, max_new_tokens=5),
+        max_prompt_length=32,
+    )
     for prediction, row in zip(cell.predictions, data, strict=True):
         ids = torch.tensor([encode_prompt(row["prompt"], tokenizer, 32, kind == "t5")])
         start = model.config.decoder_start_token_id if kind == "t5" else None

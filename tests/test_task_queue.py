@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_continual import InputError, TaskQueue
 from hf_continual.errors import Interrupted
-from hf_continual.run_state import RunDirectory
 from hf_continual.run_model import RunModel
+from hf_continual.run_state import RunDirectory
 from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 
 IDS = torch.tensor([[5, 9, 30, 41, 60, 7]])

@@ -31,17 +31,33 @@ def learn(name, lora, folder, accumulation, batch):
     torch.set_num_threads(1)
     methods, model = MethodList(STREAMS[name]), tiny_model(lora=lora)
     for index in range(2):
-        train_task(model, toy_rows(seed=index), methods, folder / str(index), per_device_train_batch_size=batch,
-                   gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential", max_grad_norm=0.5, adam_epsilon=1e-3,
-                   ddp_find_unused_parameters=False)  # fmt: skip
+        train_task(
+            model,
+            toy_rows(seed=index),
+            methods,
+            folder / str(index),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            max_grad_norm=0.5,
+            adam_epsilon=1e-3,
+            ddp_find_unused_parameters=False,
+        )
     tensors = weights(model)
     usage = {f"{m.name}.updates": m.updates_ for m in methods if m.name == "migu"}
     return {**tensors, **usage}
 
 
 def work(rank, port, name, lora, folder, accumulation):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        HF_HUB_OFFLINE="1",
+    )
     status = 1
     try:
         tensors = learn(name, lora, folder / f"rank{rank}", accumulation, batch=2)
@@ -61,10 +77,19 @@ def context():
     return context
 
 
-@pytest.mark.parametrize(("name", "lora", "accumulation"), [
-    ("naive", True, 1), ("migu", True, 1), ("migu", False, 2), ("migu-micro-batch", False, 2), ("migu-update", True, 2),
-    ("inclora", True, 1), ("olora+migu", True, 2), ("replay+migu", False, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "lora", "accumulation"),
+    [
+        ("naive", True, 1),
+        ("migu", True, 1),
+        ("migu", False, 2),
+        ("migu-micro-batch", False, 2),
+        ("migu-update", True, 2),
+        ("inclora", True, 1),
+        ("olora+migu", True, 2),
+        ("replay+migu", False, 1),
+    ],
+)
 def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

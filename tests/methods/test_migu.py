@@ -29,9 +29,18 @@ class TestMIGU(MethodContract):
     method = {"name": "migu", "threshold": 0.5}
 
 
-EVERY_OPTION = {"name": "migu", "threshold": 0.3, "skip_first_task": False, "ignore_padding": True, "select": "topk",
-                "mask": "update", "mask_bias": True, "lora_b_stat": "x_B", "normalize_tokens": True,
-                "include_lm_head": True}  # fmt: skip
+EVERY_OPTION = {
+    "name": "migu",
+    "threshold": 0.3,
+    "skip_first_task": False,
+    "ignore_padding": True,
+    "select": "topk",
+    "mask": "update",
+    "mask_bias": True,
+    "lora_b_stat": "x_B",
+    "normalize_tokens": True,
+    "include_lm_head": True,
+}
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -61,11 +70,23 @@ def test_keep_mask_by_hand():
     assert keep_mask(magnitude, 0.7).dtype == torch.bool
 
 
-@pytest.mark.parametrize(("width", "threshold", "quantile", "topk"), [
-    (8, 0.05, 7, 8), (1024, 0.05, 972, 973), (4096, 0.05, 3891, 3892), (8, 0.4, 5, 5), (1024, 0.4, 614, 615),
-    (4096, 0.4, 2458, 2458), (8, 0.7, 3, 3), (1024, 0.7, 307, 308), (4096, 0.7, 1229, 1229), (8, 0.95, 1, 1),
-    (1024, 0.95, 52, 52), (4096, 0.95, 205, 205),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "threshold", "quantile", "topk"),
+    [
+        (8, 0.05, 7, 8),
+        (1024, 0.05, 972, 973),
+        (4096, 0.05, 3891, 3892),
+        (8, 0.4, 5, 5),
+        (1024, 0.4, 614, 615),
+        (4096, 0.4, 2458, 2458),
+        (8, 0.7, 3, 3),
+        (1024, 0.7, 307, 308),
+        (4096, 0.7, 1229, 1229),
+        (8, 0.95, 1, 1),
+        (1024, 0.95, 52, 52),
+        (4096, 0.95, 205, 205),
+    ],
+)
 def test_rows_kept_of_a_width(width, threshold, quantile, topk):
     magnitude = torch.rand(width, generator=torch.Generator().manual_seed(0))
     assert int(keep_mask(magnitude, threshold).sum()) == quantile
@@ -173,8 +194,16 @@ def test_gradients_of_masked_rows_are_zero_and_others_untouched(kind, lora, monk
             wanted.append(dict(recorder.sums))
             recorder.sums.clear()
 
-    train_task(model, toy_rows(kind, seed=1), [method], tmp_path / "1", kind=kind, callbacks=[Collect()],
-               gradient_accumulation_steps=2, max_grad_norm=1e-3)  # fmt: skip
+    train_task(
+        model,
+        toy_rows(kind, seed=1),
+        [method],
+        tmp_path / "1",
+        kind=kind,
+        callbacks=[Collect()],
+        gradient_accumulation_steps=2,
+        max_grad_norm=1e-3,
+    )
     assert len(steps) == len(wanted) == 2
     for (before, after), sums in zip(steps, wanted, strict=True):
         assert sums.keys() == pairs.keys() and pairs
@@ -218,8 +247,9 @@ def test_adamw_moves_masked_rows_but_not_in_update_mode(tmp_path):
 
         class Keep(TrainerCallback):
             def on_optimizer_step(self, args, state, control, masks=masks, method=method, **kwargs):
-                masks.append({t.weight: f.clone() for t, f in
-                              ((t, method._factor_views[t.weight]) for t in method._targets)})  # fmt: skip
+                masks.append(
+                    {t.weight: f.clone() for t, f in ((t, method._factor_views[t.weight]) for t in method._targets)}
+                )
 
         train_task(model, toy_rows(seed=1), [method], tmp_path / f"{mask}1", callbacks=[Keep()], weight_decay=0.1)
         after, moved[mask] = weights(model), 0.0
@@ -238,9 +268,17 @@ def test_one_mask_per_step_over_all_micro_batches(tmp_path):
     for scope in ("step", "micro_batch"):
         for batch, accumulation in ((8, 1), (2, 4)):
             model, method = tiny_model(), MIGU(threshold=0.5, scope=scope, skip_first_task=False)
-            train_task(model, toy_rows(), [method], tmp_path / f"{scope}{batch}", per_device_train_batch_size=batch,
-                       gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential", optim="sgd",
-                       learning_rate=0.1)  # fmt: skip
+            train_task(
+                model,
+                toy_rows(),
+                [method],
+                tmp_path / f"{scope}{batch}",
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                train_sampling_strategy="sequential",
+                optim="sgd",
+                learning_rate=0.1,
+            )
             results[scope, batch] = weights(model)
     assert close(results["step", 8], results["step", 2], 1e-4)
     assert equal(results["step", 8], results["micro_batch", 8])
@@ -263,8 +301,18 @@ def test_micro_batch_gradients_are_masked_before_they_add_up(tmp_path):
         model.zero_grad()
     before = layer.weight.detach().clone()
     method = MIGU(threshold=0.5, scope="micro_batch", skip_first_task=False, targets="up_proj")
-    train_task(model, rows, [method], tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
-               train_sampling_strategy="sequential", learning_rate=1.0, max_grad_norm=0.0)  # fmt: skip
+    train_task(
+        model,
+        rows,
+        [method],
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        optim="sgd",
+        train_sampling_strategy="sequential",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+    )
     torch.testing.assert_close(before - dict(model.named_parameters())[name].detach(), expected, rtol=1e-4, atol=1e-7)
 
 
@@ -290,8 +338,15 @@ def test_ignore_padding(kind, tmp_path):
         for label, rows in (("plain", plain), ("wide", wide)):
             model = tiny_model(kind)
             method = MIGU(threshold=0.5, ignore_padding=ignore, skip_first_task=False)
-            train_task(model, rows, [method], tmp_path / f"{ignore}{label}", kind=kind, max_steps=1,
-                       train_sampling_strategy="sequential")  # fmt: skip
+            train_task(
+                model,
+                rows,
+                [method],
+                tmp_path / f"{ignore}{label}",
+                kind=kind,
+                max_steps=1,
+                train_sampling_strategy="sequential",
+            )
             masks[ignore, label] = method.updates_.clone()
     assert torch.equal(masks[True, "plain"], masks[True, "wide"])
     assert torch.equal(masks[True, "plain"], masks[False, "plain"])
@@ -341,8 +396,17 @@ def test_a_tied_lm_head_is_masked_when_asked(tmp_path):
     assert model.lm_head.weight is model.shared.weight
     before = weights(model)
     method = MIGU(threshold=0.5, targets="lm_head", include_lm_head=True, skip_first_task=False)
-    train_task(model, toy_rows("t5", rows=64, length=30), [method], tmp_path, kind="t5", max_steps=1, optim="sgd",
-               learning_rate=1.0, per_device_train_batch_size=64)  # fmt: skip
+    train_task(
+        model,
+        toy_rows("t5", rows=64, length=30),
+        [method],
+        tmp_path,
+        kind="t5",
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        per_device_train_batch_size=64,
+    )
     still = (weights(model)["shared.weight"] == before["shared.weight"]).all(1)
     assert int(still.sum()) == 48  # half of the 96 rows, though every token occurs
 
@@ -391,8 +455,11 @@ def test_conv1d_rows_are_columns(tmp_path):
 
 def test_the_same_masks_with_gradient_checkpointing(tmp_path):
     usage = []
-    for options in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-                    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}):  # fmt: skip
+    for options in (
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ):
         model = tiny_model(lora=True)
         if options:
             model.enable_input_require_grads()
@@ -486,8 +553,17 @@ def test_threshold_outside_its_range_is_refused(threshold):
         MIGU(threshold=threshold)
 
 
-@pytest.mark.parametrize("options", [{"scope": "epoch"}, {"select": "best"}, {"mask": "all"}, {"lora_b_stat": "x"},
-                                     {"targets": "("}, {"scope": "micro_batch", "mask": "update"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "epoch"},
+        {"select": "best"},
+        {"mask": "all"},
+        {"lora_b_stat": "x"},
+        {"targets": "("},
+        {"scope": "micro_batch", "mask": "update"},
+    ],
+)
 def test_options_that_cannot_be_are_refused(options):
     with pytest.raises(InputError, match="migu"):
         MIGUConfig(**options)
