@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="score matrix, metrics, report.md and PNG of a run or a folder of runs")
     report.add_argument("run", help="run directory, or a folder of them")
     report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
+    report.add_argument("--scorer", default=None, help="score the kept predictions with this one, without the model")
 
     merge = commands.add_parser("merge", help="write the learnt model with its adapters merged, for plain transformers")
     merge.add_argument("run", help="run directory")
@@ -136,11 +137,11 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _print_report(path: Path, out: str | None = None) -> None:
+def _print_report(path: Path, out: str | None = None, scorer: str | None = None) -> None:
     from .report import print_report
 
     print()
-    print_report(path, Path(out) if out else None)
+    print_report(path, Path(out) if out else None, scorer)
 
 
 def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -161,7 +162,7 @@ def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    _print_report(Path(args.run), args.out)
+    _print_report(Path(args.run), args.out, args.scorer)
     return 0
 
 

@@ -114,16 +114,17 @@ def _table(rows: list[list[Any]], headers: list[str], tablefmt: str) -> str:
 # Reports
 
 
-def write_report(path: str | Path, out: str | Path | None = None) -> Path:
+def write_report(path: str | Path, out: str | Path | None = None, scorer: str | None = None) -> Path:
     """Write `report.md` and its plots for one run or for a folder of runs; returns the path of `report.md`.
 
     Args:
         path: a run directory, or a folder with run directories up to three levels below.
         out: folder to write to; `path` if left out.
+        scorer: score the kept predictions with this one instead.
     """
     path = Path(path)
     out = path if out is None else Path(out)
-    runs = [load_run(each) for each in find_runs(path)]
+    runs = [load_run(each, scorer) for each in find_runs(path)]
     single = runs[0].path == path
     out.mkdir(parents=True, exist_ok=True)
 
@@ -156,10 +157,10 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     return report
 
 
-def print_report(path: str | Path, out: str | Path | None = None) -> None:
+def print_report(path: str | Path, out: str | Path | None = None, scorer: str | None = None) -> None:
     """Write the report and print its tables and its path."""
-    report = write_report(path, out)
-    runs = [load_run(each) for each in find_runs(path)]
+    report = write_report(path, out, scorer)
+    runs = [load_run(each, scorer) for each in find_runs(path)]
     for run in runs:
         state = "" if run.finished else f" (not finished: {run.progress})"
         print(f"{run.title}{state}: {', '.join(sorted(set(run.metrics.values()))) or 'no scores yet'}, percent")

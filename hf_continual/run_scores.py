@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 from .metrics import METRICS
 
 # Column of the summary for each default metric.
@@ -72,8 +72,8 @@ class RunScores:
         return f"{self.cursor} of {len(self.tasks)} task{'' if len(self.tasks) == 1 else 's'}"
 
 
-def load_run(path: str | Path) -> RunScores:
-    """Read one run directory.
+def load_run(path: str | Path, scorer: str | None = None) -> RunScores:
+    """Read one run directory; with `scorer`, its kept predictions are scored anew, without the model.
 
     Raises:
         InputError: if there is no run, or a line of its files cannot be understood.
@@ -116,13 +116,13 @@ def load_run(path: str | Path) -> RunScores:
     if scores_file.is_file():
         for number, line in enumerate(scores_file.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
-                _add_score(run, line, f"{scores_file}: unreadable line {number}")
+                _add_score(run, line, f"{scores_file}: unreadable line {number}", scorer)
     elif finished:
         raise InputError(f"{path}: the run is finished but has no scores.jsonl")
     return run
 
 
-def _add_score(run: RunScores, line: str, where: str) -> None:
+def _add_score(run: RunScores, line: str, where: str, scorer: str | None) -> None:
     """Put one line of scores.jsonl into its cell; of two lines for one cell the later one counts."""
     try:
         row = json.loads(line)
@@ -137,6 +137,8 @@ def _add_score(run: RunScores, line: str, where: str) -> None:
         raise InputError(f"{where}: after_index is {index}, but the run has {len(run.tasks)} tasks")
     if index >= 0 and run.tasks[index] != after:
         raise InputError(f"{where}: after_task is '{after}', but task {index} of queue.json is '{run.tasks[index]}'")
+    if scorer is not None:
+        metric, score = _score_again(run.path, index, after, task, scorer)
     column = run.eval_tasks.index(task)
     if index == -1:
         if run.baseline is None:
@@ -146,6 +148,24 @@ def _add_score(run: RunScores, line: str, where: str) -> None:
         run.R[index, column] = score
     run.metrics[task] = metric
     run.sizes[task] = size
+
+
+def _score_again(run_dir: Path, index: int, after: str, task: str, scorer: str) -> tuple[str, float]:
+    """(metric, score) of a cell from its kept predictions."""
+    from .evaluation import SCORERS, make_cell  # brings torch, which plain reports do without
+
+    if scorer not in SCORERS:
+        raise InputError(f"--scorer {scorer}: it is unknown{did_you_mean(scorer, SCORERS)}")
+    folder = run_dir / "base" if index < 0 else run_dir / "tasks" / f"{index:02d}-{after}"
+    path = folder / "predictions" / f"{task}.jsonl"
+    try:
+        predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        cell = make_cell(scorer, predictions, {})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--scorer {scorer}: the predictions in {path} cannot be read ({_reason(error)})") from error
+    return cell.metric, cell.score
 
 
 def _reason(error: Exception) -> str:

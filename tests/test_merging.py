@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -6,7 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_continual import TaskQueue
 from hf_continual.errors import InputError
+from hf_continual.evaluation import rouge_l
 from hf_continual.merging import merge_adapters, write_merged
+from hf_continual.run_scores import load_run
 from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 
 IDS = torch.arange(3, 15).view(1, -1)
@@ -21,6 +25,20 @@ def test_a_run_from_python_is_merged_without_its_data(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     adapted = PeftModel.from_pretrained(base, tmp_path / "run/tasks/01-toy1/adapter").eval()(IDS).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
+
+
+def test_kept_predictions_are_scored_with_another_metric(tmp_path):
+    result = TaskQueue(tmp_path / "run", tasks=toy_stream(2), **toy_queue_options(num_train_epochs=1)).run()
+    again = load_run(tmp_path / "run", scorer="rouge_l")
+    assert set(again.metrics.values()) == {"rouge_l"} and set(load_run(tmp_path / "run").metrics.values()) == {
+        "exact_match"
+    }
+    row = (tmp_path / "run/tasks/01-toy1/predictions/toy0.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in row]
+    expected = sum(rouge_l(p["prediction"], p["references"]) for p in kept) / len(kept)
+    assert again.R[1, 0] == expected and result.R[1, 0] == load_run(tmp_path / "run").R[1, 0]
+    with pytest.raises(InputError, match="did you mean 'rouge_l'"):
+        load_run(tmp_path / "run", scorer="rouge")
 
 
 def test_a_run_from_a_model_object_says_how_to_merge(tmp_path):
