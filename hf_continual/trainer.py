@@ -73,8 +73,9 @@ class ContinualMixin(_Parent):
         self.dist = Distributed(self.accelerator)
         self.ctx: MethodContext | None = None
         self.interrupted = False
-        self.seeds_per_task = False
         """Set it to end a task early without merging: `train()` then returns before `on_task_end`."""
+        self.seeds_per_task = False
+        """Whether `args.seed` differs between tasks, as in the queue; else new adapters are drawn from seed + index."""
         self._forward_seen = self._seam_passed = False
         self._new_parameters: list[str] = []
         self._made_optimizer: Any = None
