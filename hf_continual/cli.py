@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error}; run the same command again to continue", file=sys.stderr)
+        print(f"interrupted: {str(error) or 'stopped'}; run the same command again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -219,7 +219,13 @@ def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _validate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     import gc
 
+    import datasets
+
+    from .models import quiet
     from .testing import check_method
+
+    quiet()
+    datasets.disable_progress_bars()
 
     gc.freeze()  # every check trains a tiny model, and the Trainer collects garbage each time
     results = check_method(args.method, report=lambda line: print(line, flush=True))

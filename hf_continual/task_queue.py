@@ -215,7 +215,10 @@ class TaskQueue:
 
     def check(self) -> None:
         """Everything `run` checks before it trains, on a model without weights."""
-        self._check_methods(self.model.fresh(empty=True))
+        model = self.model.fresh(empty=True)
+        self._check_methods(model)
+        for task in self.learnt_tasks:
+            self._tokenized(task, is_seq2seq(model))  # says how many answers are cut
         for task in self.stream:
             check_task(task, self._evaluation)
         if self.directory.holds_learning:
@@ -237,6 +240,9 @@ class TaskQueue:
         with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
             cursor = self._open()
             tasks = self.learnt_tasks
+            if cursor > len(tasks):
+                print(f"{self.directory.path}: {len(tasks)} task(s) learnt, {cursor - len(tasks)} added since")
+                return self.result()
             if cursor == len(tasks) and not self._missing_cells(cursor):
                 self._write_queue(cursor)
                 print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
@@ -285,6 +291,8 @@ class TaskQueue:
                     "is missing; restore it, or start again in another run directory"
                 )
         learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
+        if cursor > len(self.learnt_tasks):
+            return cursor
         names = {task.name for task in [*self.stream, *self.learnt_tasks]}
         self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
         for task in learnt:
@@ -360,6 +368,8 @@ class TaskQueue:
         mine = self.learnt_tasks
         for i, stored in enumerate(queue["tasks"]):
             if i >= len(mine):
+                if self._recipe is None and queue["cursor"] > len(mine):
+                    break  # a script that calls `add` later is being run again
                 raise InputError(
                     f"{where} also has the task '{stored['name']}', which this stream lacks; give the whole "
                     "stream, or use "
@@ -491,13 +501,22 @@ class TaskQueue:
         ):
             return rows
         with library_bars(self._bars):
-            return tokenize_dataset(
+            tokens = tokenize_dataset(
                 rows,
                 self.model.tokenizer,
                 seq2seq=seq2seq,
                 max_prompt_length=self._data.max_prompt_length,
                 max_completion_length=self._data.max_completion_length,
             )
+        end = self.model.tokenizer.eos_token_id
+        cut = sum(labels[-1] != end for labels in tokens["labels"])  # a whole answer ends in the end token
+        if cut:
+            print(
+                f"warning: task '{task.name}': {cut} of {len(tokens)} answers are longer than "
+                f"data.max_completion_length={self._data.max_completion_length} tokens and are cut",
+                flush=True,
+            )
+        return tokens
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

@@ -340,7 +340,9 @@ class _Contract:
         trainer = self._train(model, 1, methods)
         ours = trainer.evaluate(self.data[2])["eval_loss"]
         plain_class = Seq2SeqTrainer if self.kind == "t5" else Trainer
-        plain = plain_class(model=trainer.model, args=trainer.args).evaluate(self.data[2])["eval_loss"]
+        other = plain_class(model=trainer.model, args=trainer.args)
+        other.remove_callback(_printer())
+        plain = other.evaluate(self.data[2])["eval_loss"]
         assert ours == plain, f"the evaluation loss is {ours} with the method and {plain} without"
 
     def check_resume_within_a_task_is_exact(self) -> None:

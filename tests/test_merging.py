@@ -27,6 +27,33 @@ def test_a_run_from_python_is_merged_without_its_data(tmp_path):
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
 
 
+def test_a_script_that_adds_a_task_can_be_run_again(tmp_path, capsys):
+    first, second, third = toy_stream(3)
+
+    def script():
+        queue = TaskQueue(tmp_path / "run", tasks=[first, second], **toy_queue_options(num_train_epochs=1))
+        queue.run()
+        queue.add(third)
+        return queue.run()
+
+    once = script()
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    again = script()
+    assert (once.R[-1] == again.R[-1]).all() and again.tasks == ["toy0", "toy1", "toy2"]
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
+    assert "1 added since" in capsys.readouterr().out
+
+
+def test_cut_answers_are_said(tmp_path, capsys):
+    options = toy_queue_options(num_train_epochs=1) | {"data": {"max_prompt_length": 16, "max_completion_length": 4}}
+    task = toy_stream(1)[0]
+    rows = task.train_dataset.to_list()
+    rows[0]["completion"] = "red blue green dog cat"
+    task.train_dataset = rows
+    TaskQueue(tmp_path / "run", tasks=[task], **options).check()
+    assert "task 'toy0': 1 of 16 answers are longer than data.max_completion_length=4" in capsys.readouterr().out
+
+
 def test_kept_predictions_are_scored_with_another_metric(tmp_path):
     result = TaskQueue(tmp_path / "run", tasks=toy_stream(2), **toy_queue_options(num_train_epochs=1)).run()
     again = load_run(tmp_path / "run", scorer="rouge_l")

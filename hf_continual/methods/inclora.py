@@ -20,7 +20,7 @@ class IncLoRAConfig:
 
 
 class IncLoRA(ContinualMethod[IncLoRAConfig]):
-    """Adds an adapter at the start of every task but the first.
+    """A new LoRA adapter for each task; the old ones stay active and frozen.
 
     Works with any method that does not add adapters itself. Refuses `modules_to_save`.
     """

@@ -41,7 +41,10 @@ def buffer_size(rows: int, ratio: float, count: int | None) -> int:
 
 
 class Replay(ContinualMethod[ReplayConfig]):
-    """Keeps rows as the Trainer saw them and concatenates them with the next task's; the Trainer's sampler shuffles."""
+    """Mixes a few stored rows of every earlier task into the new one.
+
+    Rows are kept as the Trainer saw them and concatenated with the next task's; the Trainer's sampler shuffles.
+    """
 
     config_class = ReplayConfig
     supports = frozenset({"single", "ddp"})
