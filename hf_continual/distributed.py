@@ -66,6 +66,11 @@ class Distributed:
         scaler = getattr(self.accelerator, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the fp16 scaler skipped the optimizer step just taken."""
+        return self.accelerator is not None and bool(self.accelerator.optimizer_step_was_skipped)
+
 
 class GradView:
     """The gradients of the trainable parameters at the seam, by their name in the unwrapped model."""
@@ -86,6 +91,11 @@ class GradView:
         grad = self._parameters[name].grad
         scale = self.distributed.grad_scale()
         return grad if grad is None or scale == 1.0 else grad / scale
+
+    def lists(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weights and gradients as they are, the gradients with the fp16 loss scale until the optimizer has stepped."""
+        parameters = [self._parameters[name] for name in names]
+        return [p.detach() for p in parameters], [p.grad for p in parameters]
 
     def mul_(self, factors: Mapping[str, Tensor]) -> None:
         """Multiply gradients in place by broadcastable factors, such as a row mask of shape [d_out, 1]."""

@@ -6,15 +6,17 @@ Everything this package does with adapters goes through here; it calls PEFT and 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -65,6 +67,40 @@ class LoraView:
     def trainable(self, layer: Any) -> list[str]:
         """Adapters of this linear layer whose A learns."""
         return [name for name, module in layer.lora_A.items() if module.weight.requires_grad]
+
+    def trainable_pairs(self, method: str) -> list[tuple[str, str, str, str]]:
+        """(module, adapter, name of A, name of B) of every pair of factors that learns, in the order of the model.
+
+        Raises:
+            InputError: if there is none, or if a layer is not plain LoRA (DoRA, AdaLoRA, expert parameters).
+        """
+        model = self.peft_model(method)
+        names = {id(p): name for name, p in model.named_parameters()}
+        pairs = []
+        for module, layer in self.layers():
+            unfit = None
+            if isinstance(layer, AdaLoraLayer):
+                unfit = "AdaLoRA, whose rank changes"
+            elif isinstance(layer, ParamWrapper):
+                unfit = "LoRA on target_parameters, whose rows of A and columns of B do not pair up"
+            elif any(True for _ in layer.lora_magnitude_vector):
+                unfit = "DoRA or a LoRA variant with weights beside A and B"
+            if unfit is not None:
+                raise InputError(
+                    f"method '{method}' cannot split '{module}' into skill units: it is {unfit}; use plain LoRA there"
+                )
+            factors: list[tuple[str, Any, Any]] = [
+                (adapter, a.weight, layer.lora_B[adapter].weight) for adapter, a in layer.lora_A.items()
+            ]
+            factors += [(name, a, layer.lora_embedding_B[name]) for name, a in layer.lora_embedding_A.items()]
+            pairs += [
+                (module, adapter, names[id(a)], names[id(b)])
+                for adapter, a, b in factors
+                if a.requires_grad and b.requires_grad
+            ]
+        if not pairs:
+            raise InputError(f"method '{method}': no LoRA adapter of the model learns; activate one for training")
+        return pairs
 
     def activate(self, adapters: Sequence[str], trainable: Sequence[str]) -> None:
         """Make `adapters` take part in the forward, and let only `trainable` learn."""
@@ -211,6 +247,23 @@ def load_adapters(model: PeftModel, folders: dict[str, Path]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT lists the frozen base weights as missing keys
             set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+_OF_ONE_ADAPTER = re.compile(
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|modules_to_save|trainable_tokens_delta)\.([^.]+)(?=\.|$)"
+)
+
+
+def stored_name(name: str, adapters: Iterable[str]) -> str:
+    """The name under which PEFT stores the parameter `name` of one of `adapters`: without the adapter's name."""
+    known = set(adapters)
+
+    def strip(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            return match[0]
+        return "" if match[1] == "modules_to_save" else f".{match[1]}"
+
+    return _OF_ONE_ADAPTER.sub(strip, name)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -459,7 +459,7 @@ def check_method(
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
-            for lora in (True,) if type(prototype).needs_lora else (True, False):
+            for lora in (True,) if prototype.needs_lora else (True, False):
                 label = f"{kind} {'LoRA' if lora else 'full'}"
                 for name in _checks():
                     inner = Path(folder) / f"{kind}{lora}{name}"

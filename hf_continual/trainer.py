@@ -5,6 +5,7 @@ With no methods it *is* the Trainer it extends. `methods/base.py` shows the orde
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 
-from .distributed import Distributed, GradientSeam
+from .distributed import Distributed, GradientSeam, GradView
 from .errors import InputError
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
-from .methods.base import MethodContext, MethodList
+from .methods.base import MethodContext, MethodList, TrainingPhase
 from .tasks import Task
 
 STATE_FOLDER = "continual"
@@ -56,6 +57,7 @@ class ContinualMixin(_Parent):
 
     methods: MethodList = MethodList()  # for what the parent calls while it is constructed
     _seam: GradientSeam | None = None
+    _phase: TrainingPhase | None = None
 
     def __init__(
         self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
@@ -77,6 +79,8 @@ class ContinualMixin(_Parent):
         self.seeds_per_task = False
         """Whether `args.seed` differs between tasks, as in the queue; else new adapters are drawn from seed + index."""
         self._forward_seen = self._seam_passed = False
+        self._phase: TrainingPhase | None = None
+        self._phase_keep: dict[str, Tensor] | None = None
         self._new_parameters: list[str] = []
         self._made_optimizer: Any = None
         self._logged: dict[str, tuple[Tensor, int]] = {}
@@ -147,9 +151,48 @@ class ContinualMixin(_Parent):
         if not self.interrupted:
             if self.methods.merges:
                 self.methods.merge(ctx, previous)
+            for phase in self.methods.training_phases(ctx):
+                self._run_phase(ctx, phase)
+        if not self.interrupted:
             self.methods.on_task_end(ctx)
             self.task = None
         return output
+
+    def _run_phase(self, ctx: MethodContext, phase: TrainingPhase) -> None:
+        """Train on what a method gives, with a new optimizer, then put everything back as it was."""
+        before = {name: getattr(self, name) for name in ("args", "state", "train_dataset", "model_init", "optimizer")}
+        scheduler = self.lr_scheduler
+        # A copy: constructing TrainingArguments would reset accelerate's state, which the model is prepared with.
+        args: Any = copy.copy(self.args)
+        fixed = {"max_steps": -1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+        for name, value in {**fixed, **phase.options}.items():
+            setattr(args, name, value)
+        set_seed(args.seed)  # the same whether or not the training before was resumed
+        self.args, self.train_dataset, self.model_init = args, phase.dataset, None
+        self.optimizer, self.lr_scheduler, self._phase = None, None, phase
+        self._phase_keep = None
+        self._seam = GradientSeam(ctx.model, self.dist, self._freeze)
+        try:
+            super().train()
+            self._check_finite()
+        finally:
+            self._seam.detach()
+            self._seam = self._phase = None
+            history: list[Any] = [{"phase": phase.name, **entry} for entry in self.state.log_history]
+            for name, value in before.items():
+                setattr(self, name, value)
+            self.lr_scheduler = scheduler
+            self.state.log_history += history
+            object.__setattr__(ctx, "state", self.state)
+
+    def _freeze(self, grads: GradView) -> None:
+        assert self._phase is not None
+        if self._phase.keep:
+            device = next(iter(grads.lists(list(self._phase.keep)[:1])[0])).device
+            if self._phase_keep is None:
+                self._phase_keep = {name: mask.to(device) for name, mask in self._phase.keep.items()}
+            grads.mul_(self._phase_keep)  # before clipping, which would otherwise count them
+            grads.freeze_(self._phase_keep)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.methods:
@@ -180,7 +223,9 @@ class ContinualMixin(_Parent):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         own = {column: inputs.pop(column) for column in self.methods.batch_columns if column in inputs}
-        if not self.methods or not model.training or self._seam is None:  # the evaluation loss is the task's alone
+        alone = self._seam is None or self._phase is not None or not model.training
+        if not self.methods or alone:  # the evaluation loss is the task's alone
+            self._forward_seen = True
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -267,7 +312,8 @@ class ContinualMixin(_Parent):
                 "class Mine(ContinualMixin, Theirs)"
             )
         self._seam_passed = False
-        self.methods.on_step_end(self.ctx)
+        if self._phase is None:
+            self.methods.on_step_end(self.ctx)
 
     # -- logs --------------------------------------------------------------------------------------------------------
 
@@ -303,6 +349,8 @@ class ContinualMixin(_Parent):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
+        if self._phase is not None:
+            return  # asked for by SIGINT; the phase is done again from the checkpoint before it
         if self.methods and self.args.should_save:
             # Before the parent, whose trainer_state.json then is the last file and marks the checkpoint as complete.
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / STATE_FOLDER
@@ -316,8 +364,11 @@ class ContinualMixin(_Parent):
             self._load_methods(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if not self._load_all_adapters(Path(str(self.state.best_model_checkpoint)), self.model):
+        best = Path(str(self.state.best_model_checkpoint))
+        if not self._load_all_adapters(best, self.model):
             super()._load_best_model()
+        if self.methods:
+            self._load_methods(best)  # what was measured must belong to the weights
 
     def _load_all_adapters(self, checkpoint: Path, model: Any) -> bool:
         """Load a checkpoint with several adapters; False if it is the parent's to load.

@@ -9,7 +9,7 @@ The order of one optimizer step (all phases are global; within a phase, list ord
 
 and of one task:
 
-    on_task_begin -> train_dataset -> task_context around the training -> merge -> on_task_end
+    on_task_begin -> train_dataset -> task_context around the training -> merge -> training_phase -> on_task_end
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -61,6 +61,25 @@ class MethodContext:
     log: Callable[[str, Tensor], None]
 
 
+@dataclass(frozen=True)
+class TrainingPhase:
+    """A further training after the merge, on the task loss alone: no other hook runs in it.
+
+    It is not saved in checkpoints; a task that is stopped in it does it again from its start.
+
+    Attributes:
+        name: in logs.
+        dataset: rows as the Trainer takes them.
+        options: training arguments that differ from the task's, such as `learning_rate`.
+        keep: by parameter, broadcastable; where it is 0 nothing moves, by momentum or weight decay neither.
+    """
+
+    name: str
+    dataset: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass
 class EmptyConfig:
     """A method without options."""
@@ -84,7 +103,8 @@ class ContinualMethod(Generic[ConfigT]):
     """Backends on which the method computes the same as on one process; tests prove each claim."""
     owns: ClassVar[frozenset[str]] = frozenset()
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
-    needs_lora: ClassVar[bool] = False
+    needs_lora: bool = False
+    """Whether it works on LoRA adapters alone; a method whose options decide sets it in its constructor."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Options under which training must equal a plain Trainer bit for bit; `check_method` tries them."""
 
@@ -137,7 +157,8 @@ class ContinualMethod(Generic[ConfigT]):
         """WRITE the gradients, in list order, before clipping."""
 
     def on_step_end(self, ctx: MethodContext) -> None:
-        """The weights have moved."""
+        """The weights have moved. The `GradView` of this step's hooks now shows the gradients as they were applied:
+        edited, clipped, and without the fp16 loss scale; `ctx.dist.step_was_skipped` says if fp16 skipped the step."""
 
     def merge(
         self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
@@ -145,8 +166,12 @@ class ContinualMethod(Generic[ConfigT]):
         """Combine the trainable weights from before and after the task (by name, on the CPU)."""
         return current
 
+    def training_phase(self, ctx: MethodContext) -> TrainingPhase | None:
+        """A further training after the merge, such as replay with some weights frozen; None for none."""
+        return None
+
     def on_task_end(self, ctx: MethodContext) -> None:
-        """After the merge: fill the buffer, compute the Fisher information, keep the teacher."""
+        """After everything: fill the buffer, compute the Fisher information, keep the teacher."""
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +248,7 @@ HOOKS: tuple[str, ...] = (
     "edit_gradients",
     "on_step_end",
     "merge",
+    "training_phase",
     "on_task_end",
 )
 
@@ -235,10 +261,9 @@ def make_config(config_class: type, method: str, options: Mapping[str, Any]) -> 
             raise InputError(f"method '{method}' has no option '{option}'{did_you_mean(option, known)}")
     try:
         return config_class(**options)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"method '{method}': {error}") from error
+    except (InputError, TypeError, ValueError) as error:
+        prefix = "" if str(error).startswith("method ") else f"method '{method}': "
+        raise InputError(f"{prefix}{error}") from error
 
 
 def method_names() -> list[str]:
@@ -404,6 +429,13 @@ class MethodList(Sequence[ContinualMethod[Any]]):
         parameters = dict(ctx.model.named_parameters())
         for name, value in current.items():
             parameters[name].copy_(value.to(parameters[name].device))
+
+    def training_phases(self, ctx: MethodContext) -> Iterator[TrainingPhase]:
+        """The phases of all methods, each asked for when the one before is over."""
+        for method in self.methods:
+            phase = method.training_phase(ctx)
+            if phase is not None:
+                yield phase
 
     def on_task_end(self, ctx: MethodContext) -> None:
         for method in self.methods:

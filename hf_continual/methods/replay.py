@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import torch
-from torch.utils.data import IterableDataset
 
 from ..errors import InputError
+from ..replay import buffer_size, check_rows, check_sizes, keep_rows
 from .base import ContinualMethod, MethodContext
 
 
@@ -27,17 +26,7 @@ class ReplayConfig:
     seed: int = field(default=42, metadata={"help": "Seed of the draw."})
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio <= 1.0:
-            raise InputError(f"method 'replay': ratio={self.ratio!r} must lie in [0, 1]")
-        if self.count is not None and self.count < 0:
-            raise InputError(f"method 'replay': count={self.count!r} must not be negative")
-
-
-def buffer_size(rows: int, ratio: float, count: int | None) -> int:
-    """Examples to keep of a task with `rows` training rows."""
-    if count is not None:
-        return min(count, rows)
-    return min(rows, max(1, int(ratio * rows))) if ratio > 0 else 0
+        check_sizes("replay", self.ratio, self.count)
 
 
 class Replay(ContinualMethod[ReplayConfig]):
@@ -58,11 +47,7 @@ class Replay(ContinualMethod[ReplayConfig]):
         self._current: Any = None
 
     def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
-        if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
-            raise InputError(
-                f"method 'replay': the training data of task '{ctx.task.name}' is a stream without length; "
-                "give a map-style dataset"
-            )
+        check_rows(dataset, self.name, ctx.task.name)
         self._current = dataset
         if self.buffer_ is None:
             return dataset
@@ -76,18 +61,7 @@ class Replay(ContinualMethod[ReplayConfig]):
         return datasets.concatenate_datasets([dataset, self.buffer_.cast(dataset.features)])
 
     def on_task_end(self, ctx: MethodContext) -> None:
-        rows = len(self._current)
-        size = buffer_size(rows, self.config.ratio, self.config.count)
-        if size:
-            generator = torch.Generator().manual_seed(self.config.seed + ctx.task.index)
-            chosen = sorted(torch.randperm(rows, generator=generator)[:size].tolist())
-            kept = datasets.Dataset.from_list([dict(self._current[i]) for i in chosen])
-            if isinstance(self._current, datasets.Dataset):
-                kept = kept.cast(self._current.features)
-            self.buffer_ = (
-                kept
-                if self.buffer_ is None
-                else datasets.concatenate_datasets([self.buffer_, kept.cast(self.buffer_.features)])
-            )
+        size = buffer_size(len(self._current), self.config.ratio, self.config.count)
+        self.buffer_ = keep_rows(self.buffer_, self._current, size, self.config.seed + ctx.task.index)
         self.sizes_[ctx.task.name] = size
         self._current = None

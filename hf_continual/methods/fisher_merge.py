@@ -1,0 +1,91 @@
+r"""Fisher-weighted merging: each weight moves by how much more the new task pins it down than the earlier ones.
+
+    F_k = mean over optimizer steps of g^2                                    g: gradient of the batch, not clipped
+    c = F_k / (F_k + \hat F_{k-1}),      \hat\theta_k = (1 - c) \hat\theta_{k-1} + c \theta_k
+    \hat F_k = d \hat F_{k-1} + F_k                                                                           d = 1
+
+per element; where neither task has Fisher information, c = 1/2.
+
+Source: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832, Eq. 5, as a baseline for
+TaSL and KIF. Deviation: there F is a mean of squared gradients of single examples with labels drawn from the model;
+here it is gathered from the training batches as they pass, which costs no further pass over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..distributed import GradView
+from ..importance import check_share
+from ..lora import stored_name
+from ..units import lerp
+from .base import ContinualMethod, MethodContext
+
+
+def fisher_coefficients(current: Tensor, previous: Tensor) -> Tensor:
+    """c = F_k / (F_k + F_{k-1}), and 1/2 where both are zero; both non-negative and of one shape, as is the result."""
+    total = current + previous
+    return torch.where(total > 0, current / total.clamp_min(torch.finfo(total.dtype).tiny), 0.5)
+
+
+@dataclass
+class FisherMergeConfig:
+    decay: float = field(
+        default=1.0, metadata={"help": "d, what is left of the past Fisher information after each task; 1 keeps all."}
+    )
+
+    def __post_init__(self) -> None:
+        check_share("decay", self.decay)
+
+
+class FisherMerge(ContinualMethod[FisherMergeConfig]):
+    """Merges weights by their Fisher information.
+
+    State: the Fisher information of all tasks so far, as large as the trainable weights, by their stored names.
+    """
+
+    name = "fisher_merge"
+    config_class = FisherMergeConfig
+    supports = frozenset({"single", "ddp"})
+    paper = "arxiv:2111.09832"
+
+    def __init__(self, config: FisherMergeConfig | None = None, **options: float) -> None:
+        super().__init__(config, **options)
+        self.total_: dict[str, Tensor] = {}
+        self.sum_: dict[str, Tensor] = {}
+        self.steps_ = 0
+
+    def on_task_begin(self, ctx: MethodContext) -> None:
+        self.steps_ = 0
+        self.sum_ = {
+            n: torch.zeros_like(p, dtype=torch.float32) for n, p in ctx.model.named_parameters() if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        weights, gradients = grads.lists(self.sum_)
+        if next(iter(self.sum_.values())).device != weights[0].device:
+            self.sum_ = dict(zip(self.sum_, [s.to(weights[0].device) for s in self.sum_.values()], strict=True))
+        pairs = [(s, g.float()) for s, g in zip(self.sum_.values(), gradients, strict=True) if g is not None]
+        scale = ctx.dist.grad_scale() ** -2
+        torch._foreach_addcmul_([s for s, _ in pairs], [g for _, g in pairs], [g for _, g in pairs], value=scale)
+        self.steps_ += 1
+
+    def merge(
+        self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        merged, adapters = dict(current), set(ctx.lora.active)
+        for name, after in current.items():
+            key = stored_name(name, adapters)
+            fisher = (self.sum_[name] / max(self.steps_, 1)).cpu()
+            if key in self.total_ and not ctx.task.is_first:
+                merged[name] = lerp(previous[name], after, fisher_coefficients(fisher, self.total_[key]))
+            self.total_[key] = fisher + self.config.decay * self.total_[key] if key in self.total_ else fisher
+        return merged
+
+    def on_task_end(self, ctx: MethodContext) -> None:
+        self.sum_ = {}

@@ -1,0 +1,288 @@
+r"""Skill units: the groups of weights that are scored, and merged, as one (TaSL section 3.1, KIF section 3.1).
+
+    matrix        every trainable parameter is a unit                                     TaSL, full fine-tuning
+    lora_matrix   each A and each B is a unit                                             TaSL on LoRA
+    lora_rank1    row A[r, :] and column B[:, r] of one LoRA module together are a unit   KIF
+
+Parameters that learn beside LoRA (`modules_to_save`, biases, trainable tokens) are one unit each in every scheme.
+A unit's key holds no adapter name, so that the adapter of the next task, or a file, has the same keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .lora import LoraView, stored_name
+
+UnitScheme = Literal["matrix", "lora_matrix", "lora_rank1"]
+PairReduce = Literal["product", "mean", "sum"]
+SCHEMES: tuple[str, ...] = get_args(UnitScheme)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one parameter is to the units: the unit `start` as a whole, or one unit for each index along `axis`.
+
+    Attributes:
+        name: the parameter, by its name in the model or in a file.
+        shape: of the parameter.
+        axis: None, or the axis along which the rank runs: 0 for A, 1 for B.
+        start: its first unit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int | None
+    start: int
+
+    @property
+    def units(self) -> int:
+        return 1 if self.axis is None else self.shape[self.axis]
+
+    def view(self, per_unit: Tensor) -> Tensor:
+        """This parameter's part of a vector over all units, broadcastable to the parameter."""
+        part = per_unit[self.start : self.start + self.units]
+        if self.axis is None:
+            return part.reshape([1] * len(self.shape))
+        return part.reshape([-1 if i == self.axis else 1 for i in range(len(self.shape))])
+
+    def mean(self, elements: Tensor) -> Tensor:
+        """The mean of `elements` (shaped like the parameter) over each of its units, in double precision: [units]."""
+        elements = elements.double()
+        if self.axis is None:
+            return elements.mean().reshape(1)
+        return elements.mean(dim=[i for i in range(elements.dim()) if i != self.axis])
+
+
+class SkillUnits:
+    """The units of a set of parameters.
+
+    Args:
+        scheme: see above.
+        pieces: one a parameter, in the order of the model.
+        keys: one a unit.
+    """
+
+    def __init__(self, scheme: str, pieces: Sequence[Piece], keys: Sequence[str]) -> None:
+        self.scheme, self.pieces, self.keys = scheme, list(pieces), list(keys)
+        self._sides = torch.zeros(len(self.keys), dtype=torch.float64)
+        for piece in self.pieces:
+            piece.view(self._sides).add_(1)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def names(self) -> list[str]:
+        return [piece.name for piece in self.pieces]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the scheme and the keys in their order."""
+        return hashlib.sha256("\n".join([self.scheme, *self.keys]).encode()).hexdigest()[:16]
+
+    @classmethod
+    def of_model(cls, model: nn.Module, scheme: str, *, method: str = "units", min_ndim: int = 0) -> SkillUnits:
+        """The units of what learns in `model`.
+
+        Args:
+            model: unwrapped.
+            scheme: `matrix`, `lora_matrix` or `lora_rank1`.
+            method: named in errors.
+            min_ndim: parameters with fewer dimensions belong to no unit.
+
+        Raises:
+            InputError: if the scheme does not fit the model.
+        """
+        lora = LoraView(model)
+        pairs: list[tuple[str, str, str, str]] = []
+        if lora.is_peft or scheme != "matrix":
+            pairs = lora.trainable_pairs(method)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {adapter for _, adapter, _, _ in pairs} or set(lora.active)
+        # The name of an adapter is kept out of the keys unless two learn at once.
+        rename = (lambda name: name) if len(adapters) > 1 else (lambda name: stored_name(name, adapters))
+        shapes = {rename(name): (name, tuple(p.shape)) for name, p in parameters.items()}
+        stored_pairs = [(rename(module), rename(a), rename(b)) for module, _, a, b in pairs]
+        return cls._build(scheme, shapes, stored_pairs, method, min_ndim)
+
+    @classmethod
+    def of_shapes(
+        cls, shapes: Mapping[str, Sequence[int]], scheme: str, *, method: str = "units", min_ndim: int = 0
+    ) -> SkillUnits:
+        """The units of parameters known by the names under which PEFT and transformers store them."""
+        pairs = []
+        for a in shapes:
+            for side, other in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+                module = a.removesuffix(side)
+                if module != a and module + other in shapes:
+                    pairs.append((module, a, module + other))
+        if scheme != "matrix" and not pairs:
+            raise InputError(
+                f"method '{method}': units='{scheme}' needs LoRA weights and there are none; give adapters, or use "
+                "units='matrix'"
+            )
+        return cls._build(scheme, {k: (k, tuple(s)) for k, s in shapes.items()}, pairs, method, min_ndim)
+
+    @classmethod
+    def _build(
+        cls,
+        scheme: str,
+        shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+        pairs: Iterable[tuple[str, str, str]],
+        method: str,
+        min_ndim: int,
+    ) -> SkillUnits:
+        if scheme not in SCHEMES:
+            raise InputError(f"method '{method}': units={scheme!r} is unknown; choose {', '.join(SCHEMES)}")
+        pieces: list[Piece] = []
+        keys: list[str] = []
+        partner = {a: (module, b) for module, a, b in pairs} if scheme == "lora_rank1" else {}
+        seconds = {b for _, b in partner.values()}
+        for key, (name, shape) in shapes.items():
+            if key in partner:
+                module, other = partner[key]
+                b_name, b_shape = shapes[other]
+                if len(b_shape) < 2 or b_shape[1] != shape[0]:
+                    raise InputError(
+                        f"method '{method}': '{module}' has A of shape {list(shape)} and B of shape {list(b_shape)}, "
+                        "whose rows and columns do not pair up; leave it out of target_modules, or use "
+                        "units='lora_matrix'"
+                    )
+                pieces += [Piece(name, shape, 0, len(keys)), Piece(b_name, b_shape, 1, len(keys))]
+                keys += [f"{module}[{r}]" for r in range(shape[0])]
+            elif key not in seconds and len(shape) >= min_ndim:
+                pieces.append(Piece(name, shape, None, len(keys)))
+                keys.append(key)
+        if not keys:
+            raise InputError(f"method '{method}': no parameter of the model learns; there are no units to score")
+        return cls(scheme, pieces, keys)
+
+    def check_same(self, keys: Sequence[str], method: str, whose: str) -> None:
+        """Refuse other units than `keys`, naming the first that differs."""
+        if list(keys) == self.keys:
+            return
+        mine, theirs = set(self.keys), set(keys)
+        first = next((k for k in [*self.keys, *keys] if (k in mine) != (k in theirs)), None)
+        if first is None:
+            first = next(a for a, b in zip(self.keys, keys, strict=True) if a != b)
+            difference = f"'{first}' stands at another place"
+        elif first in mine:
+            difference = f"'{first}' is missing there"
+        else:
+            difference = f"'{first}' is there and not here"
+        raise InputError(
+            f"method '{method}': {whose} has other skill units than this model: {difference}; keep the model, the rank "
+            "and the target modules the same for all tasks"
+        )
+
+    def reduce(self, means: Mapping[str, Tensor], pair: str = "product") -> Tensor:
+        """One score a unit from the means of its parameters.
+
+        Args:
+            means: by parameter, [units of the parameter].
+            pair: how the two means of a rank-1 unit become one; `product` equals the mean over the outer product of
+                the two, which is never built.
+
+        Returns:
+            float64, [units].
+        """
+        scores = torch.ones(len(self), dtype=torch.float64) if pair == "product" else torch.zeros(len(self)).double()
+        for piece in self.pieces:
+            part = scores[piece.start : piece.start + piece.units]
+            value = means[piece.name].to(device="cpu", dtype=torch.float64)
+            if pair == "product":
+                part *= value
+            else:
+                part += value
+        return scores / self._sides if pair == "mean" else scores
+
+
+def lerp(previous: Tensor, current: Tensor, coefficient: Tensor | float) -> Tensor:
+    """previous + c (current - previous) in at least fp32, and in the dtype of `current`; exact at c = 0 and c = 1."""
+    wide = current.dtype if current.dtype in (torch.float32, torch.float64) else torch.float32
+    c = torch.as_tensor(coefficient, device=current.device).to(wide)
+    return torch.lerp(previous.to(current.device, wide), current.to(wide), c).to(current.dtype)
+
+
+def fuse(
+    units: SkillUnits, previous: Mapping[str, Tensor], current: Mapping[str, Tensor], coefficients: Tensor
+) -> dict[str, Tensor]:
+    r"""Move each unit from its previous to its current weights by its coefficient.
+
+        \hat u_k = \hat u_{k-1} + c (u_k - \hat u_{k-1})                  c in [0, 1], one per unit
+
+    Args:
+        units: [units] in all.
+        previous, current: by parameter; what belongs to no unit stays as in `current`.
+        coefficients: [units]; 0 gives the previous weights bit for bit, 1 the current ones.
+
+    Returns:
+        The merged weights by parameter, in the dtype of `current`.
+
+    Source: TaSL (arXiv:2408.09857, Eq. 7) and KIF (arXiv:2408.05200, Eq. 8), written as one step.
+    """
+    merged = dict(current)
+    for piece in units.pieces:
+        merged[piece.name] = lerp(previous[piece.name], current[piece.name], piece.view(coefficients))
+    return merged
+
+
+def fuse_products(
+    units: SkillUnits, previous: Mapping[str, Tensor], current: Mapping[str, Tensor], coefficients: Tensor
+) -> dict[str, Tensor]:
+    r"""As `fuse`, but of the rank-1 matrices b a^T that the units stand for, brought back to rank r.
+
+        \Delta\hat W = \sum_r (1 - c_r) \hat b_r \hat a_r^T + c_r b_r a_r^T        then the best rank-r factors B A
+
+    The sum has rank 2 r at most; its truncated SVD is found from QR decompositions of the stacked factors, never from
+    the full matrix. The factors share the singular values evenly. Rows of A change places in general, so unit r of the
+    result is not unit r of the inputs.
+
+    Raises:
+        InputError: unless the scheme is `lora_rank1`.
+    """
+    if units.scheme != "lora_rank1":
+        raise InputError(
+            f"fusing products of LoRA factors needs units='lora_rank1', not '{units.scheme}', where A and B have "
+            "coefficients of their own"
+        )
+    merged = fuse(units, previous, current, coefficients)
+    pairs: dict[int, list[Piece]] = {}
+    for piece in units.pieces:
+        if piece.axis is not None:
+            pairs.setdefault(piece.start, []).append(piece)
+    for start, (first, second) in pairs.items():
+        rank = first.units
+        c = coefficients[start : start + rank].double()
+        if bool(((c == 0) | (c == 1)).all()) and bool((c == c[0]).all()):
+            continue  # the factors are the previous or the current ones
+        a_before, a_after = (w[first.name].double().cpu().flatten(1) for w in (previous, current))
+        b_before, b_after = (w[second.name].double().cpu().flatten(1) for w in (previous, current))
+        if b_before.shape[1] != rank:
+            raise InputError(f"'{second.name}' of shape {list(second.shape)} is no matrix of {rank} columns")
+        left = torch.cat([b_before * (1 - c), b_after * c], dim=1)
+        right = torch.cat([a_before, a_after], dim=0)
+        q_left, r_left = torch.linalg.qr(left)
+        q_right, r_right = torch.linalg.qr(right.T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+        kept = min(rank, len(s))  # fewer in a layer narrower than the rank; the rest stays zero
+        root = s[:kept].sqrt()
+        a, b = torch.zeros_like(a_before), torch.zeros_like(b_before)
+        a[:kept] = root[:, None] * (vh[:kept] @ q_right.T)
+        b[:, :kept] = (q_left @ u[:, :kept]) * root
+        merged[first.name] = a.reshape(first.shape).to(current[first.name])
+        merged[second.name] = b.reshape(second.shape).to(current[second.name])
+    return merged
+
+
+def describe(units: SkillUnits) -> dict[str, Any]:
+    """What identifies the units in a file."""
+    return {"scheme": units.scheme, "units": len(units), "hash": units.digest}

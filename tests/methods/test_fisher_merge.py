@@ -1,0 +1,5 @@
+from contract import MethodContract
+
+
+class TestFisherMerge(MethodContract):
+    method = "fisher_merge"

@@ -1,0 +1,5 @@
+from contract import MethodContract
+
+
+class TestWeightEma(MethodContract):
+    method = "weight_ema"

@@ -1,0 +1,5 @@
+from contract import MethodContract
+
+
+class TestWeightEnsemble(MethodContract):
+    method = "weight_ensemble"
