@@ -51,7 +51,8 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
         seed: chooses the rows of `train_rows`, `eval_rows` and `eval_fraction`.
 
     An evaluation split is used where there is one (dev, eval, validation or test, in this order); otherwise
-    `eval_fraction` of the train rows is held out. Where labels are known, an answer outside them is an error, but for
+    `eval_fraction` of the train rows is held out, as with `eval_split: train`, which is for choosing options without
+    looking at the scores that are reported. Where labels are known, an answer outside them is an error, but for
     evaluation rows answered `-` (MNLI has some): they are kept and count as wrong, as in O-LoRA's and MIGU's code.
 
     Raises:
@@ -62,7 +63,12 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     _check_values(spec)
     roots = [Path(base_dir)] if base_dir is not None else []
     roots.append(Path.cwd())
+    tuning = spec.get("eval_split") == "train"
+    if tuning:
+        del spec["eval_split"]
     train, evaluation, found_labels = read_splits(spec, roots)
+    if tuning:
+        evaluation = None
     name = spec.get("name") or _default_name(spec)
 
     if not len(train.rows):

@@ -46,7 +46,7 @@ SECTIONS = {
     "trainer": "package.module:Class of your own trainer",
     "variants": "{name: {section: ...}}: one run each, with these sections laid over the recipe",
 }
-STREAM_KEYS = ("stream", "data_dir", "train_rows", "eval_rows", "scorer", "training", "order")
+STREAM_KEYS = ("stream", "data_dir", "train_rows", "eval_rows", "scorer", "eval_split", "training", "order")
 
 
 class _Loader(yaml.SafeLoader):

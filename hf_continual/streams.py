@@ -106,6 +106,7 @@ def load_stream(
     train_rows: int | None = None,
     eval_rows: int | None = None,
     scorer: str | None = None,
+    eval_split: str | None = None,
 ) -> list[Task]:
     """The tasks of a named stream, in order.
 
@@ -118,12 +119,15 @@ def load_stream(
         train_rows: at most so many random rows to learn per task (`quickstart`: 96 unless given).
         eval_rows: at most so many random rows to score per task (`quickstart`: 60 unless given).
         scorer: scorer of every task.
+        eval_split: `train` scores on a held-out tenth of the training rows, for choosing options.
 
     Raises:
         InputError: if the stream is unknown or its data is not there.
     """
     _check_name(name)
     if name == "quickstart":
+        if eval_split is not None:
+            raise InputError("eval_split has no use, the stream 'quickstart' is generated; leave it out")
         if data_dir is not None:
             raise InputError(f"data_dir: '{data_dir}' has no use, the stream 'quickstart' is generated; leave it out")
         sizes = {"train_rows": train_rows, "eval_rows": eval_rows}
@@ -143,7 +147,9 @@ def load_stream(
             f"data_dir: '{root}' lacks the tasks {', '.join(missing)} of the stream '{name}'; "
             f"it should hold {_LAYOUT}, published as {_SOURCE}"
         )
-    rows = {"train_rows": train_rows, "eval_rows": eval_rows, "scorer": scorer}
+    if eval_split not in (None, "train"):
+        raise InputError(f"eval_split={eval_split!r} must be 'train', or be left out for the stream's own split")
+    rows = {"train_rows": train_rows, "eval_rows": eval_rows, "scorer": scorer, "eval_split": eval_split}
     return [
         load_task({"name": task, "labels": _TASKS[task][1], **rows, **(spec or {})}, seed=seed)
         for task, spec in found.items()
