@@ -45,10 +45,26 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
     report.add_argument("--scorer", default=None, help="score the kept predictions with this one, without the model")
 
-    merge = commands.add_parser("merge", help="write the learnt model with its adapters merged, for plain transformers")
-    merge.add_argument("run", help="run directory")
+    merge = commands.add_parser(
+        "merge", help="write a run's model with its adapters merged in; or fuse two stored adapters or models",
+        epilog="Fusing: hf-continual merge --method kif --previous DIR --current DIR --importance DIR -o OUT",
+    )  # fmt: skip
+    merge.add_argument(
+        "run", nargs="?", default=None, help="run directory, whose model is written as plain transformers"
+    )
     merge.add_argument("-o", "--out", required=True, help="folder to write")
     merge.add_argument("--task", default=None, help="as it was after this task; default: the last learnt")
+    merge.add_argument("--method", default=None, help="fuse stored weights with tasl, kif or weight_ensemble instead")
+    merge.add_argument("--previous", default=None, help="adapter or model from before the task, or a task's folder")
+    merge.add_argument("--current", default=None, help="the one learnt from it, not merged yet")
+    merge.add_argument(
+        "--importance", nargs="+", default=(), metavar="PATH",
+        help="a task's folder or its methods/kif.json, for the scores; a second one for those of the past",
+    )  # fmt: skip
+    merge.add_argument(
+        "--options", default="{}",
+        help="options of the method, such as '{temperature: 0.15}'; default: those stored with the importance",
+    )  # fmt: skip
 
     ls = commands.add_parser("ls", help="list what the package brings")
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
@@ -171,8 +187,33 @@ def _merge(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from .models import quiet
 
     quiet()
+    if args.method is not None or args.previous or args.current or args.importance:
+        return _fuse(args)
+    if args.run is None:
+        raise InputError("command line: merge needs a run directory, or --method with --previous and --current")
     task = write_merged(args.run, args.out, args.task)
     print(f"wrote the model after task '{task}' to {args.out}")
+    return 0
+
+
+def _fuse(args: argparse.Namespace) -> int:
+    from .offline_merge import describe, merge_offline
+    from .recipes import parse_yaml
+
+    for option, value in (("--method", args.method), ("--previous", args.previous), ("--current", args.current)):
+        if value is None:
+            raise InputError(
+                f"command line: fusing stored weights needs {option} as well; see hf-continual merge --help"
+            )
+    if args.run is not None or args.task is not None:
+        raise InputError(
+            "command line: --method fuses the weights of --previous and --current; leave out the run and --task"
+        )
+    options = parse_yaml(args.options, "--options")
+    if not isinstance(options, dict):
+        raise InputError(f"--options {args.options}: write a mapping, such as '{{temperature: 0.15}}'")
+    summary = merge_offline(args.method, args.previous, args.current, args.importance, args.out, options)
+    print(f"{describe(summary)}\nwrote {args.out}")
     return 0
 
 
