@@ -165,6 +165,7 @@ class ContinualMixin(_Parent):
         # A copy: constructing TrainingArguments would reset accelerate's state, which the model is prepared with.
         args: Any = copy.copy(self.args)
         fixed = {"max_steps": -1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+        fixed["dataloader_drop_last"] = False  # a few kept rows may be less than a batch
         for name, value in {**fixed, **phase.options}.items():
             setattr(args, name, value)
         set_seed(args.seed)  # the same whether or not the training before was resumed

@@ -206,10 +206,9 @@ class SkillUnits:
 
 
 def lerp(previous: Tensor, current: Tensor, coefficient: Tensor | float) -> Tensor:
-    """previous + c (current - previous) in at least fp32, and in the dtype of `current`; exact at c = 0 and c = 1."""
-    wide = current.dtype if current.dtype in (torch.float32, torch.float64) else torch.float32
-    c = torch.as_tensor(coefficient, device=current.device).to(wide)
-    return torch.lerp(previous.to(current.device, wide), current.to(wide), c).to(current.dtype)
+    """previous + c (current - previous), rounded once to the dtype of `current`; exact at c = 0 and c = 1."""
+    c = torch.as_tensor(coefficient, device=current.device, dtype=torch.float64)
+    return torch.lerp(previous.to(current.device).double(), current.double(), c).to(current.dtype)
 
 
 def fuse(

@@ -21,11 +21,17 @@ STREAMS = {
     "inclora": ["inclora"],
     "olora+migu": [{"name": "olora", "lambda_1": 0.5, "lambda_2": 0.1}, {"name": "migu", "threshold": 0.5}],
     "replay+migu": [{"name": "replay", "count": 4}, {"name": "migu", "threshold": 0.5}],
+    "tasl": ["tasl"],
+    "kif+migu": ["kif", {"name": "migu", "threshold": 0.5}],
+    "kif-memory": [{"name": "kif", "units": "matrix", "timing": "consistent", "replay_count": 8}],
+    "weight_ensemble": ["weight_ensemble"],
+    "weight_ema": [{"name": "weight_ema", "decay": 0.5}],
+    "fisher_merge": ["fisher_merge"],
 }
 
 
 def learn(name, lora, folder, accumulation, batch):
-    """Two tasks; returns weights and how often MIGU updated each row."""
+    """Two tasks; returns weights, how often MIGU updated each row, and the importance of skill units."""
     from hf_continual.methods.base import MethodList
 
     torch.set_num_threads(1)
@@ -45,7 +51,8 @@ def learn(name, lora, folder, accumulation, batch):
         )
     tensors = weights(model)
     usage = {f"{m.name}.updates": m.updates_ for m in methods if m.name == "migu"}
-    return {**tensors, **usage}
+    scores = {f"{m.name}.{a}": getattr(m, a) for m in methods for a in ("raw_", "coefficients_") if hasattr(m, a)}
+    return {**tensors, **usage, **scores}
 
 
 def work(rank, port, name, lora, folder, accumulation):
@@ -88,6 +95,12 @@ def context():
         ("inclora", True, 1),
         ("olora+migu", True, 2),
         ("replay+migu", False, 1),
+        ("tasl", True, 2),
+        ("kif+migu", True, 1),
+        ("kif-memory", False, 1),
+        ("weight_ensemble", True, 1),
+        ("weight_ema", False, 1),
+        ("fisher_merge", True, 2),
     ],
 )
 def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
