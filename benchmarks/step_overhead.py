@@ -1,15 +1,20 @@
-"""What one optimizer step costs: Trainer, ContinualTrainer without methods, ContinualTrainer with MIGU.
+"""What one optimizer step costs: Trainer, ContinualTrainer without methods, ContinualTrainer with a method.
 
     python benchmarks/step_overhead.py --steps 100 --threads 2 --out overhead.json
+    python benchmarks/step_overhead.py --cases lora lora_all full --methods kif kif_tracker tasl
 
-Two cases: LoRA (r 8 on q,v) on SmolLM2-135M, and full fine-tuning of a T5 of the size of t5-small with random weights.
+Three cases: LoRA on SmolLM2-135M, r 8 on q,v or on all linear layers, and full fine-tuning of a T5 of the size of
+t5-small with random weights. `kif` is KIF with its orthogonality loss, `kif_tracker` without; KIF needs LoRA.
 
-The three trainers train at once, each in its own thread with its own copy of the model and the same rows, and hand one
-another the turn after every step, in a new random order each round. So only one of them runs at any moment, and a
-machine that gets slower or busier slows all three. A turn lasts from one `on_step_begin` to the next and holds
+The trainers of a case train at once, each in its own thread with its own copy of the model and the same rows, and hand
+one another the turn after every step, in a new random order each round. So only one of them runs at any moment, and a
+machine that gets slower or busier slows all of them. A turn lasts from one `on_step_begin` to the next and holds
 everything that the Trainer does for a step, loading the batch included. Ratios are taken within a round; their median
 and its bootstrap interval are printed, for the time on the clock and for the CPU time of the process, which other jobs
 on the machine disturb less. Dropout is off, so without methods the weights must end equal, bit for bit.
+
+For methods that track importance the time inside their hooks is measured too, on the CPU: what is far smaller than the
+noise of a step can still be read there. It does not hold the backward pass of their loss.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import random
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,14 +60,28 @@ from hf_continual import (
     ContinualTrainer,
     ContinualTrainingArguments,
 )
+from hf_continual.methods.kif import KIF
 from hf_continual.methods.migu import MIGU
+from hf_continual.methods.tasl import TaSL
 from hf_continual.models import ModelConfig, apply_lora, fix_loss_scaling, load_model
 from hf_continual.provenance import versions
 from hf_continual.recipes import load_recipe
+from hf_continual.skill_fusion import SkillFusion
 from hf_continual.testing import equal, tiny_model, weights
 
-TRAINERS = ("trainer", "ours", "ours+migu")
-CASES = {"lora": "LoRA r 8 on q,v", "full": "full fine-tuning, T5"}
+CASES = {"lora": "LoRA r 8 on q,v", "lora_all": "LoRA r 8 on all linear layers", "full": "full fine-tuning, T5"}
+METHODS = ("migu", "kif", "kif_tracker", "tasl")
+
+
+def make_method(name: str, options: argparse.Namespace) -> Any:
+    if name == "migu":
+        return MIGU(**{"threshold": 0.7, "skip_first_task": False, **json.loads(options.migu)})
+    return TaSL() if name == "tasl" else KIF(orthogonality_form="norm" if name == "kif" else "off")
+
+
+def methods_of(case: str, options: argparse.Namespace) -> list[str]:
+    """The methods that fit a case."""
+    return [name for name in options.methods if case != "full" or not name.startswith("kif")]
 
 
 class Turns:
@@ -105,16 +125,32 @@ class _CountQuantiles(TorchFunctionMode):
 class Stopwatch(TrainerCallback):
     """Times each turn of one trainer and hands the turn on; the first, untimed turn sets the training up."""
 
-    def __init__(self, who: int, turns: Turns, device: torch.device, method: MIGU | None) -> None:
+    def __init__(self, who: int, turns: Turns, device: torch.device, method: Any) -> None:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
+        self.hook_seconds: list[float] = []
         self.peak_bytes = 0
         self.quantile_calls = 0
         self.buffers = 0
         self.rows = 0
+        self.tracked = 0
         self._who, self._turns, self._device, self._method = who, turns, device, method
         self._counting = ExitStack()
         self._start: tuple[float, float] | None = None
+        self._hooks = 0.0
+        if isinstance(method, SkillFusion) and device.type == "cpu":
+            for hook in ("on_gradients", "on_step_end", "extra_loss"):
+                setattr(method, hook, self._timed(getattr(method, hook)))
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return hook(*args)
+            finally:
+                self._hooks += time.perf_counter() - start
+
+        return run
 
     def _clock(self) -> tuple[float, float]:
         if self._device.type == "cuda":
@@ -126,22 +162,27 @@ class Stopwatch(TrainerCallback):
         if self._start is not None:
             self.seconds.append(now[0] - self._start[0])
             self.cpu_seconds.append(now[1] - self._start[1])
+            self.hook_seconds.append(self._hooks)
             if self._device.type == "cuda":
                 self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._allocated
         self._turns.hand_on()
         self._turns.wait(self._who)
-        if self._method is not None and state.global_step == 0:  # a step of the warm-up; the counter makes it slower
+        if isinstance(self._method, MIGU) and state.global_step == 0:  # of the warm-up; the counter makes it slower
             self._counter = self._counting.enter_context(_CountQuantiles())
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocated = torch.cuda.memory_allocated(self._device)
+        self._hooks = 0.0
         self._start = self._clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._method is not None and state.global_step == 1:
+        if isinstance(self._method, MIGU) and state.global_step == 1:
             self._counting.close()
             self.quantile_calls = self._counter.calls
             self.buffers, self.rows = buffer_bytes(self._method), sum(t.rows for t in self._method._targets)
+        elif isinstance(self._method, SkillFusion) and state.global_step == 2:  # its first step does not count
+            tracker = self._method._tracker
+            self.buffers, self.tracked = buffer_bytes(tracker), tracker.sensitivity.numel()
 
 
 def buffer_bytes(method: Any) -> int:
@@ -164,14 +205,15 @@ def buffer_bytes(method: Any) -> int:
 
 
 def build_model(case: str, options: argparse.Namespace) -> Any:
-    if case == "lora":
+    if case != "full":
         if options.model == "tiny":
             model = tiny_model("llama")
         else:
             quickstart = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")["model"]
             model = load_model(ModelConfig(**(quickstart if options.model == "smollm2" else {"name": options.model})))
         set_seed(options.seed)
-        return apply_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+        targets = ["q_proj", "v_proj"] if case == "lora" else "all-linear"
+        return apply_lora(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
     if options.model == "tiny":
         return tiny_model("t5")
     set_seed(options.seed)
@@ -185,23 +227,25 @@ def build_model(case: str, options: argparse.Namespace) -> Any:
 def random_rows(case: str, vocabulary: int, rows: int, options: argparse.Namespace) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(3, vocabulary, (rows, options.length), generator=generator)
-    labels = ids if case == "lora" else torch.randint(3, vocabulary, (rows, options.target_length), generator=generator)
+    labels = ids if case != "full" else torch.randint(3, vocabulary, (rows, options.target_length), generator=generator)
     return datasets.Dataset.from_dict(
         {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels.tolist()}
     )
 
 
 def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train the three trainers of one case in turns; returns seconds, ratios and memory."""
+    """Train the trainers of one case in turns; returns seconds, ratios and memory."""
     model = build_model(case, options)
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     # One step more than is timed: a turn ends where the next step begins.
     steps = options.warmup + options.steps + 1
+    methods = {f"ours+{name}": make_method(name, options) for name in methods_of(case, options)}
+    names = ["trainer", "ours", *methods]
     data = random_rows(case, model.get_input_embeddings().weight.shape[0], steps * options.batch, options)
     shuffle = random.Random(options.seed)
-    rounds = [shuffle.sample(range(len(TRAINERS)), len(TRAINERS)) for _ in range(steps)]
-    turns = Turns([*range(len(TRAINERS)), *(who for each in rounds for who in each), -1])
+    rounds = [shuffle.sample(range(len(names)), len(names)) for _ in range(steps)]
+    turns = Turns([*range(len(names)), *(who for each in rounds for who in each), -1])
     device = torch.device(options.device)
 
     seq2seq = case == "full"
@@ -211,16 +255,15 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
         if seq2seq
         else (ContinualTrainer, ContinualTrainingArguments)
     )
-    migu = MIGU(**{"threshold": 0.7, "skip_first_task": False, **json.loads(options.migu)})
     kinds: list[tuple[Any, Any, dict[str, Any]]] = [
         (*plain, {}),
         (*ours, {"methods": []}),
-        (*ours, {"methods": [migu], "task": "overhead"}),
+        *((*ours, {"methods": [method], "task": "overhead"}) for method in methods.values()),
     ]
     with tempfile.TemporaryDirectory() as folder:
         watches, trainers = [], []
         for who, (trainer_class, args_class, extra) in enumerate(kinds):
-            watch = Stopwatch(who, turns, device, migu if extra.get("methods") else None)
+            watch = Stopwatch(who, turns, device, methods.get(names[who]))
             args = args_class(
                 output_dir=f"{folder}/{who}", seed=options.seed, max_steps=steps, learning_rate=1e-4,
                 per_device_train_batch_size=options.batch, lr_scheduler_type="constant",
@@ -258,27 +301,39 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     seconds = np.array([watch.seconds[options.warmup :] for watch in watches])
     cpu = np.array([watch.cpu_seconds[options.warmup :] for watch in watches])
-    with_migu = watches[-1]
+    medians = np.median(seconds, axis=1)
     result = {
         "what": CASES[case],
         "parameters": total,
         "trainable_parameters": learns,
         "steps": options.steps,
-        "median_seconds": dict(zip(TRAINERS, np.median(seconds, axis=1).tolist(), strict=True)),
-        "ratios": {name: ratio(seconds[i], seconds[0], options.seed) for i, name in enumerate(TRAINERS) if i},
-        "cpu_ratios": {name: ratio(cpu[i], cpu[0], options.seed) for i, name in enumerate(TRAINERS) if i},
+        "median_seconds": dict(zip(names, medians.tolist(), strict=True)),
+        "ratios": {name: ratio(seconds[i], seconds[0], options.seed) for i, name in enumerate(names) if i},
+        "cpu_ratios": {name: ratio(cpu[i], cpu[0], options.seed) for i, name in enumerate(names) if i},
         "equal_weights": equal(weights(trainers[0].model), weights(trainers[1].model)),
-        "migu": {
-            "quantile_calls_per_step": with_migu.quantile_calls,
-            "output_rows": with_migu.rows,
-            "buffer_bytes": with_migu.buffers,
-            "floats_per_output_row": with_migu.buffers / 4 / with_migu.rows,
-        },
-        "peak_bytes_of_a_step": {name: w.peak_bytes for name, w in zip(TRAINERS, watches, strict=True)}
+        "migu": None,
+        "trackers": {},
+        "peak_bytes_of_a_step": {name: w.peak_bytes for name, w in zip(names, watches, strict=True)}
         if device.type == "cuda"
         else None,
-        "seconds": dict(zip(TRAINERS, seconds.tolist(), strict=True)),
+        "seconds": dict(zip(names, seconds.tolist(), strict=True)),
     }
+    for name, watch in zip(names, watches, strict=True):
+        if watch.rows:
+            result["migu"] = {
+                "quantile_calls_per_step": watch.quantile_calls,
+                "output_rows": watch.rows,
+                "buffer_bytes": watch.buffers,
+                "floats_per_output_row": watch.buffers / 4 / watch.rows,
+            }
+        if watch.tracked:
+            hooks = np.array(watch.hook_seconds[options.warmup :])
+            result["trackers"][name] = {
+                "tracked_elements": watch.tracked,
+                "bytes_per_element": watch.buffers / watch.tracked,
+                "hook_seconds": float(np.median(hooks)) if hooks.any() else None,
+                "share_of_a_step": ratio(hooks, seconds[0], options.seed) if hooks.any() else None,
+            }
     trainers.clear()
     gc.collect()
     return result
@@ -300,32 +355,44 @@ def ratio(ours: np.ndarray, plain: np.ndarray, seed: int) -> dict[str, float]:
 def table(case: str, result: dict[str, Any]) -> str:
     learns, total = result["trainable_parameters"] / 1e6, result["parameters"] / 1e6
     peaks = result["peak_bytes_of_a_step"]
-    header = f"  {'':10} {'s/step':>9} {'ratio':>7} {'95 %':>13} {'CPU time':>9} {'95 %':>13}"
+    header = f"  {'':16} {'s/step':>9} {'ratio':>7} {'95 %':>13} {'CPU time':>9} {'95 %':>13}"
     lines = [
         f"{result['what']}: {learns:.2f} of {total:.2f} M parameters learn, {result['steps']} steps",
         header + (f" {'peak MB':>9}" if peaks else ""),
     ]
-    for name in TRAINERS:
-        line = f"  {name:10} {result['median_seconds'][name]:9.4f}"
+    for name in result["median_seconds"]:
+        line = f"  {name:16} {result['median_seconds'][name]:9.4f}"
         for key, width in (("ratios", 7), ("cpu_ratios", 9)):
             found = result[key].get(name)
             interval = f"{found['low']:.3f}-{found['high']:.3f}" if found else ""
             line += f" {found['median'] if found else 1:{width}.3f} {interval:>13}"
         lines.append(line + (f" {peaks[name] / 1e6:9.1f}" if peaks else ""))
     migu = result["migu"]
-    lines += [
-        f"  MIGU: {migu['quantile_calls_per_step']} quantile calls a step; {migu['output_rows']} output rows; "
-        f"buffers of {migu['buffer_bytes'] / 1e3:.0f} kB, {migu['floats_per_output_row']:.1f} floats a row",
-        f"  weights without methods equal the Trainer's bit for bit: {'yes' if result['equal_weights'] else 'NO'}",
-    ]
+    if migu:
+        lines.append(
+            f"  MIGU: {migu['quantile_calls_per_step']} quantile calls a step; {migu['output_rows']} output rows; "
+            f"buffers of {migu['buffer_bytes'] / 1e3:.0f} kB, {migu['floats_per_output_row']:.1f} floats a row"
+        )
+    for name, tracker in result["trackers"].items():
+        line = f"  {name}: {tracker['tracked_elements']:,} weights in {tracker['bytes_per_element']:.2f} bytes each"
+        share = tracker["share_of_a_step"]
+        if share:
+            line += (
+                f"; {tracker['hook_seconds'] * 1e3:.2f} ms a step in its hooks, {100 * share['median']:.2f} % of the "
+                f"Trainer's ({100 * share['low']:.2f}-{100 * share['high']:.2f})"
+            )
+        lines.append(line)
+    same = "yes" if result["equal_weights"] else "NO"
+    lines.append(f"  weights without methods equal the Trainer's bit for bit: {same}")
     return "\n".join(lines)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["lora", "full"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["migu"], help="one trainer more for each")
     parser.add_argument(
-        "--model", default="smollm2", help="smollm2, tiny (for both cases), or a folder or hub id for the LoRA case"
+        "--model", default="smollm2", help="smollm2, tiny (for all cases), or a folder or hub id for the LoRA cases"
     )
     parser.add_argument("--vocab", type=int, default=32128, help="vocabulary of the T5")
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each trainer")

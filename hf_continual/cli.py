@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     merge.add_argument("--previous", default=None, help="adapter or model from before the task, or a task's folder")
     merge.add_argument("--current", default=None, help="the one learnt from it, not merged yet")
     merge.add_argument(
-        "--importance", nargs="+", default=(), metavar="PATH",
+        "--importance", nargs="+", action="extend", default=None, metavar="PATH",
         help="a task's folder or its methods/kif.json, for the scores; a second one for those of the past",
     )  # fmt: skip
     merge.add_argument(
@@ -212,7 +212,7 @@ def _fuse(args: argparse.Namespace) -> int:
     options = parse_yaml(args.options, "--options")
     if not isinstance(options, dict):
         raise InputError(f"--options {args.options}: write a mapping, such as '{{temperature: 0.15}}'")
-    summary = merge_offline(args.method, args.previous, args.current, args.importance, args.out, options)
+    summary = merge_offline(args.method, args.previous, args.current, args.importance or [], args.out, options)
     print(f"{describe(summary)}\nwrote {args.out}")
     return 0
 

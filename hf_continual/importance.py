@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .units import Piece, SkillUnits
+from .units import PairReduce, Piece, SkillUnits
 
 Order = Literal["first", "second", "mix"]
 Normalisation = Literal["minmax", "rank", "log"]
@@ -44,11 +44,11 @@ def normalise(scores: Tensor, kind: str = "minmax") -> Tensor:
     Args:
         scores: [units], at least two different values.
         kind: `minmax` (the papers); `rank` gives the smallest 0, the largest 1 and equal steps in between (equal
-            scores share the mean of their places); `log` is min-max of the logarithm. The last two spread out scores
-            of which one is far above all others.
+            scores share the mean of their places); `log` is min-max of the logarithm, with zeros at a tenth of the
+            smallest score above them. The last two spread out scores of which one is far above all others.
 
     Returns:
-        float64, [units].
+        float64, [units]. Normalised scores stay as they are.
 
     Raises:
         InputError: for NaN or infinite scores, a single unit, or scores that are all equal.
@@ -80,10 +80,12 @@ def normalise(scores: Tensor, kind: str = "minmax") -> Tensor:
         places = counts.cumsum(0).double() - (counts.double() + 1) / 2
         return normalise(places[inverse])
     if kind == "log":
-        positive = scores[scores > 0]
-        if len(positive) == 0 or low < 0:
-            raise InputError("normalisation='log' needs importance scores above zero; use rank or minmax")
-        return normalise(scores.clamp_min(float(positive.min())).log())
+        if low < 0:
+            raise InputError("normalisation='log' needs importance scores of at least zero; use rank or minmax")
+        if low == 0 and high == 1:
+            return scores  # normalised before
+        floor = float(scores[scores > 0].min()) / (10 if low == 0 else 1)
+        return normalise(scores.clamp_min(floor).log())
     raise InputError(f"normalisation={kind!r} is unknown; choose {', '.join(get_args(Normalisation))}")
 
 
@@ -149,8 +151,13 @@ class ImportanceTracker:
         every_n_steps: int = 1,
         average: str = "end",
     ) -> None:
-        if order not in get_args(Order):
-            raise InputError(f"order={order!r} is unknown; choose {', '.join(get_args(Order))}")
+        choices = {"order": (order, get_args(Order)), "average": (average, ("end", "run"))}
+        choices["pair_reduce"] = (pair_reduce, get_args(PairReduce))
+        for option, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise InputError(f"{option}={value!r} is unknown; choose {', '.join(allowed)}")
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
+            raise InputError(f"every_n_steps={every_n_steps!r} must be a whole number, at least 1")
         check_share("beta1", beta1, open_end=True)
         check_share("beta2", beta2, open_end=True)
         self.units, self.order, self.pair_reduce, self.average = units, order, pair_reduce, average
@@ -229,7 +236,7 @@ class ImportanceTracker:
             else:
                 products.append(None)
                 sums.append(chunk.gather(filled).sum().to(self.updates))
-        finite = torch.isfinite(torch.stack(sums)).all()  # a sum is finite where all its terms are
+        finite = torch.isfinite(torch.stack(sums)).all()  # one NaN or infinity, and a sum is not finite
         if finite.device.type == "cpu":
             if not finite:
                 return

@@ -78,26 +78,24 @@ class LoraView:
         names = {id(p): name for name, p in model.named_parameters()}
         pairs = []
         for module, layer in self.layers():
+            if isinstance(layer, (AdaLoraLayer, ParamWrapper)):
+                factors: list[tuple[str, Any, Any]] = []
+            else:
+                factors = [(name, a.weight, layer.lora_B[name].weight) for name, a in layer.lora_A.items()]
+                factors += [(name, a, layer.lora_embedding_B[name]) for name, a in layer.lora_embedding_A.items()]
+            learning = [(name, a, b) for name, a, b in factors if a.requires_grad and b.requires_grad]
             unfit = None
             if isinstance(layer, AdaLoraLayer):
                 unfit = "AdaLoRA, whose rank changes"
             elif isinstance(layer, ParamWrapper):
                 unfit = "LoRA on target_parameters, whose rows of A and columns of B do not pair up"
-            elif any(True for _ in layer.lora_magnitude_vector):
+            elif {name for name, _, _ in learning} & set(layer.lora_magnitude_vector):
                 unfit = "DoRA or a LoRA variant with weights beside A and B"
             if unfit is not None:
                 raise InputError(
                     f"method '{method}' cannot split '{module}' into skill units: it is {unfit}; use plain LoRA there"
                 )
-            factors: list[tuple[str, Any, Any]] = [
-                (adapter, a.weight, layer.lora_B[adapter].weight) for adapter, a in layer.lora_A.items()
-            ]
-            factors += [(name, a, layer.lora_embedding_B[name]) for name, a in layer.lora_embedding_A.items()]
-            pairs += [
-                (module, adapter, names[id(a)], names[id(b)])
-                for adapter, a, b in factors
-                if a.requires_grad and b.requires_grad
-            ]
+            pairs += [(module, adapter, names[id(a)], names[id(b)]) for adapter, a, b in learning]
         if not pairs:
             raise InputError(f"method '{method}': no LoRA adapter of the model learns; activate one for training")
         return pairs
@@ -266,6 +264,18 @@ def stored_name(name: str, adapters: Iterable[str]) -> str:
     return _OF_ONE_ADAPTER.sub(strip, name)
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns, by name. Of parameters that share their memory (PEFT's `ensure_weight_tying`) only the first."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, parameter in model.named_parameters():
+        place = (parameter.data_ptr(), parameter.numel())
+        if parameter.requires_grad and (parameter.is_meta or not place[0] or place not in seen):
+            found[name] = parameter
+            seen.add(place)
+    return found
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy, on the CPU, of every trainable parameter."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A detached copy, on the CPU, of everything that learns."""
+    return {name: p.detach().cpu().clone() for name, p in trainable_parameters(model).items()}

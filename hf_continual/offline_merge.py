@@ -23,6 +23,7 @@ from .skill_fusion import CASES, SkillFusion, unit_cases
 from .units import SkillUnits, fuse
 
 ADAPTER_CONFIG = "adapter_config.json"
+MERGERS = ("tasl", "kif", "weight_ensemble", "weight_ema", "fisher_merge")
 SAME_CONFIG = (
     "peft_type",
     "r",
@@ -41,7 +42,9 @@ class Importance:
 
     Attributes:
         path: of the file.
+        method: that stored them.
         keys: of the units, in the order of the scores.
+        sizes: weights in each unit.
         scheme: of the units.
         raw: I_k, float64 [units].
         before: Ihat_{k-1} with which the task was merged, or None at the first task.
@@ -51,7 +54,9 @@ class Importance:
     """
 
     path: Path
+    method: str
     keys: list[str]
+    sizes: list[int]
     scheme: str
     raw: Tensor
     before: Tensor | None
@@ -71,6 +76,10 @@ def read_importance(path: str | Path, method: str | None = None) -> Importance:
         InputError: if there is none, or if it is damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(
+            f"--importance {path}: there is no such file or folder; give a task's folder of a tasl or kif run"
+        )
     if path.is_dir():
         folder = path / "methods" if (path / "methods").is_dir() else path
         files = [f for f in sorted(folder.glob("*.json")) if "scheme_" in (_json(f).get("state") or {})]
@@ -87,6 +96,7 @@ def read_importance(path: str | Path, method: str | None = None) -> Importance:
         state = record["state"]
         tensors = load_file(str(path.with_suffix(".safetensors")))
         keys, scheme = state["unit_keys_"]["value"], state["scheme_"]["value"]
+        sizes, method = state["unit_sizes_"]["value"], record["method"]
         raw, cumulative, before = tensors["raw_"], tensors["cumulative_"], tensors.get("before_")
         if any(t is not None and t.shape != (len(keys),) for t in (raw, cumulative, before)):
             raise ValueError(f"{len(keys)} units and {len(raw)} scores")
@@ -97,7 +107,8 @@ def read_importance(path: str | Path, method: str | None = None) -> Importance:
     unmerged = {k.removeprefix("unmerged_/"): v for k, v in tensors.items() if k.startswith("unmerged_/")}
     adapters = _adapters_in(unmerged)
     unmerged = {stored_name(name, adapters): value for name, value in unmerged.items()}
-    return Importance(path, list(keys), scheme, raw, before, cumulative, dict(record.get("options") or {}), unmerged)
+    options = dict(record.get("options") or {})
+    return Importance(path, str(method), list(keys), list(sizes), scheme, raw, before, cumulative, options, unmerged)
 
 
 def _adapters_in(names: Mapping[str, Any]) -> set[str]:
@@ -132,8 +143,10 @@ class StoredWeights:
     def __init__(self, folder: str | Path, option: str) -> None:
         self.option, self.given = option, Path(folder)
         root = self.given
-        self.is_task = (root / "model.json").is_file() and (root / "methods").is_dir()
-        if self.is_task:
+        homes = [f for f in (root, root.parent) if (f / "model.json").is_file() and (f / "methods").is_dir()]
+        self.task: Path | None = homes[0] if homes else None
+        """The task's folder of a run that this is, or lies in."""
+        if self.task == root:
             root = root / "adapter" if (root / "adapter").is_dir() else root / "model"
         self.folder = root
         index = root / "model.safetensors.index.json"
@@ -208,15 +221,16 @@ def merge_offline(
     with StoredWeights(previous, "--previous") as before, StoredWeights(current, "--current") as after:
         unmerged = _unmerged(after, scores)
         shapes = before.shapes()
-        own = {k: tuple(v.shape) for k, v in unmerged.items()} if unmerged else after.shapes()
+        own = {**after.shapes(), **{k: tuple(v.shape) for k, v in unmerged.items()}}
         _check_fit(before, after, shapes, own)
         units, coefficients, summary = _coefficients(made, scores, before, after, unmerged, own)
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.copytree(
-                after.folder, temporary, ignore=lambda folder, names: [n for n in names if n.endswith(".safetensors")]
-            )
+            temporary.mkdir(parents=True)
+            for file in after.folder.iterdir():  # configuration, tokenizer; no weights and no checkpoints
+                if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+                    shutil.copy(file, temporary)
             for file in after.files:
                 _merge_file(made, units, coefficients, before, file, unmerged, temporary / file.name)
             write_json(temporary / "merge.json", summary)
@@ -238,25 +252,29 @@ def _method(name: str, scores: Sequence[Importance], options: dict[str, Any]) ->
         wants = "takes no --importance" if scores else "needs --importance, the scores of the task"
         raise InputError(f"--method {name} {wants}")
     if scores:
-        stored = scores[0].options if scores[0].path.stem == name else {}
+        stored = scores[0].options if scores[0].method == name else {}
         options = {**stored, "units": scores[0].scheme, **options}
     return make_method({"name": name, **options})
 
 
 def _unmerged(after: StoredWeights, scores: Sequence[Importance]) -> dict[str, Tensor]:
-    """Weights before the merge, where `--current` is a task's folder of a run that merged them."""
-    if not after.is_task:
+    """What was learnt before the merge, where `--current` belongs to a task of a run that merged it."""
+    if after.task is None:
         return {}
-    for record in scores:
-        if record.unmerged and record.path.parent.parent.resolve() == after.given.resolve():
-            return record.unmerged
-    method_files = [f for f in (after.given / "methods").glob("*.json") if "coefficients_" in _json(f).get("state", {})]
-    if not method_files:
-        return {}  # learnt without a merging method
+    records = [_json(file) for file in (after.task / "methods").glob("*.json")]
+    mergers = [r["method"] for r in records if r.get("method") in MERGERS and _tasks_done(r) > 1]
+    if not mergers:
+        return {}  # learnt without a merging method, or the first task
+    if scores and scores[0].unmerged and torch.equal(scores[0].raw, read_importance(after.task, scores[0].method).raw):
+        return scores[0].unmerged
     raise InputError(
-        f"--current {after.given}: its weights are merged already; give the weights from before the merge, or run with "
-        "keep_unmerged: true, which stores them"
+        f"--current {after.given}: its weights were merged by '{mergers[0]}' already; give the weights from before the "
+        "merge, or run with keep_unmerged: true, which stores them with the importance"
     )
+
+
+def _tasks_done(record: Mapping[str, Any]) -> int:
+    return int((record.get("state", {}).get("tasks_done_") or {}).get("value") or 0)
 
 
 def _check_fit(
@@ -309,10 +327,14 @@ def _coefficients(
             "name the file of the task before as well: --importance CURRENT PREVIOUS"
         )
     units = SkillUnits.of_shapes(shapes, record.scheme, method=method.name, min_ndim=method.config.min_ndim)
-    known, mine = set(record.keys), set(units.keys)
-    for key in [k for k in units.keys if k not in known]:
-        frozen = key in shapes and torch.equal(before[key], unmerged[key] if unmerged else after[key])
-        if not frozen:
+    known = dict(zip(record.keys, record.sizes, strict=True))
+    mine = dict(zip(units.keys, units.sizes, strict=True))
+    # What has no score is frozen, the same in both, or another name of tied weights.
+    aliases: dict[str, str | None] = {}
+    for key in [k for k in mine if k not in known]:
+        aliases[key] = _alias(key, known, shapes, before, after, unmerged)
+        frozen = key in shapes and torch.equal(before[key], unmerged[key] if key in unmerged else after[key])
+        if aliases[key] is None and not frozen:
             raise InputError(
                 f"--importance {record.path} belongs to another model: it has no score of '{key}', which "
                 f"{after.given} has"
@@ -323,17 +345,55 @@ def _coefficients(
             raise InputError(
                 f"--importance {path} belongs to another model: '{missing}' is in only one of it and {after.given}"
             )
+    for key, size in known.items():
+        if mine[key] != size:
+            raise InputError(
+                f"--importance {record.path} belongs to another model: '{key}' has {size} weights there and "
+                f"{mine[key]} in {after.given}"
+            )
+    if len(scores) > 1 and record.before is not None:
+        order = torch.tensor([past_keys.index(key) for key in record.keys])
+        if not torch.equal(record.before, past[order]):
+            raise InputError(
+                f"--importance {scores[1].path}: its cumulative importance is not the one that {record.path} was "
+                "merged with; give the task before that one, or leave it out"
+            )
     place = {key: i for i, key in enumerate(past_keys)}
     raw, past = record.raw, past[torch.tensor([place[key] for key in record.keys])]
-    c = method.fusion_coefficients(raw, past)
-    cases = unit_cases(raw, past, method.config.quantile, method.config.normalisation)
+    try:
+        c = method.fusion_coefficients(raw, past)
+        cases = unit_cases(raw, past, method.config.quantile, method.config.normalisation)
+    except InputError as error:
+        raise InputError(f"--importance {record.path}: {error}") from error
     counts = torch.bincount(cases, minlength=len(CASES)).tolist()
     place = {key: i for i, key in enumerate(record.keys)}
-    # What has no score is the same in both; its coefficient makes no difference.
-    coefficients = torch.tensor([c[place[key]].item() if key in place else 1.0 for key in units.keys], dtype=c.dtype)
+    values = {}
+    for key in units.keys:
+        scored = aliases.get(key, key)
+        values[key] = c[place[scored]].item() if scored is not None else 1.0  # frozen: makes no difference
+    coefficients = torch.tensor(list(values.values()), dtype=c.dtype)
     summary |= {"importance": [str(s.path) for s in scores], "units": len(units), "scheme": units.scheme}
     summary |= {"hash": units.digest, "shares": dict(zip(CASES, [n / len(cases) for n in counts], strict=True))}
     return units, coefficients, summary
+
+
+def _alias(
+    key: str,
+    known: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    before: StoredWeights,
+    after: StoredWeights,
+    unmerged: Mapping[str, Tensor],
+) -> str | None:
+    """The scored weight of which `key` is another name, as of tied embeddings."""
+    if key not in shapes:
+        return None
+    for other in known:
+        if other != key and shapes.get(other) == shapes[key] and torch.equal(before[other], before[key]):
+            mine, theirs = (unmerged[k] if k in unmerged else after[k] for k in (key, other))
+            if torch.equal(mine, theirs) or (other in unmerged and key not in unmerged):
+                return other
+    return None
 
 
 def _merge_file(
@@ -349,7 +409,7 @@ def _merge_file(
     with safe_open(str(file), framework="pt") as handle:
         metadata = handle.metadata()
         names = list(handle.keys())
-        current = {name: unmerged[name] if unmerged else handle.get_tensor(name) for name in names}
+        current = {name: unmerged[name] if name in unmerged else handle.get_tensor(name) for name in names}
     part = SkillUnits(units.scheme, [p for p in units.pieces if p.name in current], units.keys)
     previous = {name: before[name] for name in names}
     merge = method.fuse if isinstance(method, SkillFusion) else fuse

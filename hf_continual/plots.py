@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def plot_matrix(run: RunScores, path: str | Path) -> Path:
     """Draw the score matrix of one run as a heat-map PNG with the scores (percent) in the cells."""
     rows = len(run.tasks) + (run.baseline is not None)
-    figure = _figure(2.6 + 0.72 * len(run.eval_tasks), 1.9 + 0.5 * rows)
+    figure = new_figure(2.6 + 0.72 * len(run.eval_tasks), 1.9 + 0.5 * rows)
     axes = figure.subplots()
     _heat_map(axes, run, run.R, run.baseline)
     axes.set_ylabel("after training", fontsize=9)
     axes.set_title(_plot_title(run.title if run.finished else f"{run.title} ({run.progress})", [run]), fontsize=10)
     _colour_bar(figure, [axes])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_comparison(runs: Sequence[RunScores], path: str | Path) -> Path:
@@ -40,7 +40,7 @@ def plot_comparison(runs: Sequence[RunScores], path: str | Path) -> Path:
     rows = max(1, -(-len(done) // columns))
     width = max(1.6 + 0.5 * max(len(run.eval_tasks) for run in runs), 3.0)
     cells = max(len(run.tasks) + (run.baseline is not None) for run in runs)
-    figure = _figure(columns * width + 0.8, rows * (1.3 + 0.36 * cells) + (0.3 if waiting else 0))
+    figure = new_figure(columns * width + 0.8, rows * (1.3 + 0.36 * cells) + (0.3 if waiting else 0))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (label, members) in zip(grid.flat, done.items(), strict=False):
         # Joint runs of one variant may list the same tasks in another order.
@@ -57,10 +57,11 @@ def plot_comparison(runs: Sequence[RunScores], path: str | Path) -> Path:
         _colour_bar(figure, list(grid.flat))
     if waiting:
         figure.supxlabel(f"not finished: {', '.join(waiting)}", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     # Figure with its own canvas, not pyplot: pyplot would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,24 +86,8 @@ def _heat_map(
     axes.imshow(np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=1, aspect="auto")
     # Panels side by side keep the same cell size: a joint run has fewer rows and leaves the rest white.
     axes.set_ylim(max(height or 0, len(cells)) - 0.5, -0.5)
-    axes.xaxis.tick_top()
-    axes.set_xticks(np.arange(cells.shape[1] + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(cells.shape[0] + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-
     size = 8 if cells.shape[1] <= 8 else 7
-    turned = max(map(len, run.eval_tasks)) > 8
-    axes.set_xticks(
-        range(cells.shape[1]),
-        [_short(name) for name in run.eval_tasks],
-        fontsize=size,
-        rotation=40 if turned else 0,
-        ha="left" if turned else "center",
-        rotation_mode="anchor" if turned else "default",
-    )
-    axes.set_yticks(range(cells.shape[0]), [_short(name) for name in names], fontsize=size)
+    style_cells(axes, names, run.eval_tasks, size, turn=40 if max(map(len, run.eval_tasks)) > 8 else 0)
     for (i, j), value in np.ndenumerate(cells):
         if not np.isnan(value):
             colour = "white" if value > 0.55 else "#222222"
@@ -114,6 +99,29 @@ def _heat_map(
             axes.add_patch(Rectangle(corner, 0.9, 0.84, fill=False, edgecolor="#f28e4c", linewidth=1.4, zorder=3))
     if baseline is not None:
         axes.axhline(0.5, color="white", linewidth=4)
+
+
+def style_cells(
+    axes: Axes, rows: Sequence[str], columns: Sequence[str], size: int, *, turn: int, gap: float = 1.5
+) -> None:
+    """White lines `gap` points wide between the cells of an image, row names left, column names above at an angle."""
+    axes.xaxis.tick_top()
+    axes.autoscale(False)
+    # Two collections of lines: a grid of minor ticks takes seconds where there are many panels.
+    axes.vlines(np.arange(len(columns) + 1) - 0.5, -0.5, len(rows) - 0.5, color="white", linewidth=gap)
+    axes.hlines(np.arange(len(rows) + 1) - 0.5, -0.5, len(columns) - 0.5, color="white", linewidth=gap)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(
+        range(len(columns)),
+        [short_name(name) for name in columns],
+        fontsize=size,
+        rotation=turn,
+        ha="left" if turn else "center",
+        va="center" if turn == 90 else "bottom",
+        rotation_mode="anchor" if turn else "default",
+    )
+    axes.set_yticks(range(len(rows)) if any(rows) else [], [short_name(name) for name in rows if name], fontsize=size)
 
 
 def _colour_bar(figure: Figure, axes: list[Axes]) -> None:
@@ -136,11 +144,13 @@ def _plot_title(name: str, runs: Sequence[RunScores]) -> str:
     return "\n".join([name, "   ".join(parts)]) if parts else name
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A label that fits beside a cell."""
     return name if len(name) <= 18 else name[:17] + "…"
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG, with its folder; returns `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

@@ -18,13 +18,13 @@ def buffer_size(rows: int, ratio: float, count: int | None) -> int:
     return min(rows, max(1, int(ratio * rows))) if ratio > 0 else 0
 
 
-def check_sizes(method: str, ratio: float, count: int | None, prefix: str = "") -> None:
+def check_sizes(ratio: float, count: int | None, prefix: str = "") -> None:
     """Refuse a buffer size that cannot be."""
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not 0.0 <= ratio <= 1.0:
-        raise InputError(f"method '{method}': {prefix}ratio={ratio!r} must lie in [0, 1]")
+        raise InputError(f"{prefix}ratio={ratio!r} must lie in [0, 1]")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-        raise InputError(f"method '{method}': {prefix}count={count!r} must be a whole number, not negative")
+        raise InputError(f"{prefix}count={count!r} must be a whole number, not negative")
 
 
 def check_rows(dataset: Any, method: str, task: str) -> None:
@@ -33,6 +33,18 @@ def check_rows(dataset: Any, method: str, task: str) -> None:
         raise InputError(
             f"method '{method}': the training data of task '{task}' is a stream without length; "
             "give a map-style dataset"
+        )
+
+
+def check_columns(dataset: Any, buffer: datasets.Dataset | None, method: str, task: str) -> None:
+    """Refuse rows with other columns than those that are kept."""
+    if buffer is None:
+        return
+    columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else list(dict(dataset[0]))
+    if set(columns) != set(buffer.column_names):
+        raise InputError(
+            f"method '{method}': task '{task}' has the columns {sorted(columns)} and the buffer "
+            f"{sorted(buffer.column_names)}; give every task the same columns"
         )
 
 

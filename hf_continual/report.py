@@ -1,7 +1,8 @@
 """Tables and plots of run directories: one run, or a folder of runs that are compared.
 
 A run directory holds `queue.json` (tasks in order, seed, variant, how far it came) and `scores.jsonl` (one cell of the
-score matrix per line). Reports read those two files only, so they need no model and no GPU.
+score matrix per line). Reports read those two files, and the skill units of TaSL and KIF, so they need no model and no
+GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .run_scores import (
     measure,
     percent,
 )
+from .skill_report import read_report_units, skill_section
 
 __all__ = [
     "RunScores",
@@ -126,6 +128,7 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
     out = path if out is None else Path(out)
     runs = [load_run(each, scorer) for each in find_runs(path)]
     single = runs[0].path == path
+    units = read_report_units(runs)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
 
     blocks = [f"# {runs[0].title}" if single else f"# Comparison: {path.resolve().name}"]
@@ -145,6 +148,7 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
             state = "" if run.finished else f" (not finished: {run.progress})"
             blocks += [f"### {run.title}{state}", f"`{run.path}`", _matrix_caption(run), matrix_table(run, "github")]
 
+    blocks += skill_section(runs, units, out, single)
     blocks += ["## Formulas", _FORMULAS]
     blocks += ["Percent, mean over the finished runs, by every definition this package knows:", _variants_table(runs)]
     blocks += ["## Predictions", _predictions(runs)]

@@ -19,7 +19,7 @@ from .distributed import GradView
 from .errors import InputError
 from .importance import ImportanceTracker, Normalisation, Order, accumulate, check_lengths, check_share, normalise
 from .methods.base import ContinualMethod, MethodContext, TrainingPhase
-from .replay import buffer_size, check_rows, check_sizes, keep_rows
+from .replay import buffer_size, check_columns, check_rows, check_sizes, keep_rows
 from .units import SCHEMES, PairReduce, SkillUnits, fuse, fuse_products
 
 CASES = ("neither", "past", "current", "shared")
@@ -151,7 +151,16 @@ class SkillFusionConfig:
             if not number or not 0 < value < float("inf") or (option == "last_fraction" and value > 1):
                 upper = ", at most 1" if option == "last_fraction" else ""
                 raise InputError(f"{option}={value!r} must be a number above 0{upper}")
-        check_sizes("replay", self.replay_ratio, self.replay_count, prefix="replay_")
+        check_sizes(self.replay_ratio, self.replay_count, prefix="replay_")
+        if not isinstance(self.replay_seed, int) or isinstance(self.replay_seed, bool):
+            raise InputError(f"replay_seed={self.replay_seed!r} must be a whole number")
+        if not isinstance(self.keep_unmerged, bool):
+            raise InputError(f"keep_unmerged={self.keep_unmerged!r} must be true or false")
+        if self.space == "products" and (self.replay_ratio or self.replay_count):
+            raise InputError(
+                "space='products' cannot be combined with a replay phase: after it no row of A stands for one skill "
+                "unit, so none can be frozen; leave out replay_ratio and replay_count, or use space='factors'"
+            )
         if self.space == "products" and self.units in ("matrix", "lora_matrix"):
             raise InputError(
                 f"space='products' needs units='lora_rank1', not units={self.units!r}, where A and B have "
@@ -177,6 +186,8 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         self.needs_lora = self.config.units.startswith("lora")
         self.scheme_: str | None = None
         self.unit_keys_: list[str] = []
+        self.unit_sizes_: list[int] = []
+        self.units_hash_: str | None = None
         self.raw_: Tensor | None = None
         self.before_: Tensor | None = None
         self.cumulative_: Tensor | None = None
@@ -208,7 +219,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
                 "compared with others; use finer units (lora_rank1), or more target modules"
             )
         if self.unit_keys_:
-            self._units.check_same(self.unit_keys_, self.name, f"the task before '{ctx.task.name}'")
+            self._units.check_same(self.unit_keys_, self.name, f"the task before '{ctx.task.name}'", self.unit_sizes_)
         self._tracker = ImportanceTracker(
             self._units,
             order=config.order,
@@ -223,8 +234,10 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
         if self._replays:
-            check_rows(dataset, self.name, ctx.task.name)
-            self._current = dataset
+            own = dataset if ctx.rows is None else ctx.rows  # not what another method has mixed in
+            check_rows(own, self.name, ctx.task.name)
+            check_columns(own, self.buffer_, self.name, ctx.task.name)
+            self._current = own
         return dataset
 
     @property
@@ -233,6 +246,9 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         self._grads = grads
+        assert self._tracker is not None
+        if ctx.state.global_step == 0:
+            self._tracker.load_state({})  # the Trainer begins again when it has found a smaller batch size
         if ctx.state.max_steps <= self.config.warmup_steps:
             raise InputError(
                 f"method '{self.name}': task '{ctx.task.name}' has {ctx.state.max_steps} optimizer step(s) and the "
@@ -248,7 +264,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def _track(self, ctx: MethodContext, scale: float) -> None:
         step, steps, config = ctx.state.global_step, ctx.state.max_steps, self.config
-        if step < config.warmup_steps or step < steps * (1 - config.last_fraction):
+        if step < config.warmup_steps or step < min(steps * (1 - config.last_fraction), steps - 1):
             return
         if (steps - 1 - step) % config.every_n_steps:  # so that the last step counts
             return
@@ -259,6 +275,12 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         assert self._tracker is not None
+        if self._tracker.updates is None and self.config.last_fraction < 1:
+            raise InputError(
+                f"method '{self.name}': the training of task '{ctx.task.name}' stopped before its last "
+                f"last_fraction={self.config.last_fraction} of steps, or went back to a checkpoint from before, so "
+                "nothing was scored; use last_fraction: 1 with early stopping and load_best_model_at_end"
+            )
         past = self.cumulative_
         try:
             raw = self._tracker.scores()
@@ -268,7 +290,8 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
                 self._cases = unit_cases(raw, past, self.config.quantile, self.config.normalisation)
         except InputError as error:
             raise InputError(f"method '{self.name}', task '{ctx.task.name}': {error}") from error
-        self.scheme_, self.unit_keys_ = self._units.scheme, self._units.keys
+        self.scheme_, self.units_hash_ = self._units.scheme, self._units.digest
+        self.unit_keys_, self.unit_sizes_ = self._units.keys, self._units.sizes
         self.raw_, self.before_, self.cumulative_, self.coefficients_ = raw, past, cumulative, coefficients
         if self.config.keep_unmerged:
             self.unmerged_ = {name: value.clone() for name, value in current.items()}

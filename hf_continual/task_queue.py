@@ -75,6 +75,8 @@ class QueueResult:
 class _StopAtSignal(TrainerCallback):
     """Ends the training at the next step, with a checkpoint, once the flag is set."""
 
+    in_phases = True
+
     def __init__(self) -> None:
         self.stop = False
         self.trainer: Any = None
@@ -570,7 +572,10 @@ class TaskQueue:
             if self._stop.stop or self._stop.trainer is None:
                 raise KeyboardInterrupt
             self._stop.stop = True
-            print("\ninterrupted: saving a checkpoint at the end of this step (once more to stop at once)", flush=True)
+            where = "stopping, the phase after the merge is done again"  # it has no checkpoints
+            if self._stop.trainer._phase is None:
+                where = "saving a checkpoint at the end of this step"
+            print(f"\ninterrupted: {where} (once more to stop at once)", flush=True)
 
         self._stop.stop = False
         before = signal.signal(signal.SIGINT, handle)

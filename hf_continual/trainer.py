@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import DefaultFlowCallback
 
 from .distributed import Distributed, GradientSeam, GradView
 from .errors import InputError
@@ -32,6 +33,8 @@ else:
 
 class _ContinualCallback(TrainerCallback):
     """What the Trainer only offers to callbacks."""
+
+    in_phases = True
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -153,6 +156,8 @@ class ContinualMixin(_Parent):
                 self.methods.merge(ctx, previous)
             for phase in self.methods.training_phases(ctx):
                 self._run_phase(ctx, phase)
+                if self.interrupted:
+                    break
         if not self.interrupted:
             self.methods.on_task_end(ctx)
             self.task = None
@@ -165,13 +170,16 @@ class ContinualMixin(_Parent):
         # A copy: constructing TrainingArguments would reset accelerate's state, which the model is prepared with.
         args: Any = copy.copy(self.args)
         fixed = {"max_steps": -1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
-        fixed["dataloader_drop_last"] = False  # a few kept rows may be less than a batch
+        fixed |= {"dataloader_drop_last": False, "warmup_steps": 0}  # a few kept rows may be less than a batch
         for name, value in {**fixed, **phase.options}.items():
             setattr(args, name, value)
         set_seed(args.seed)  # the same whether or not the training before was resumed
         self.args, self.train_dataset, self.model_init = args, phase.dataset, None
         self.optimizer, self.lr_scheduler, self._phase = None, None, phase
         self._phase_keep = None
+        callbacks = self.callback_handler.callbacks
+        shown = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
+        self.callback_handler.callbacks = [c for c in callbacks if isinstance(c, shown) or hasattr(c, "in_phases")]
         self._seam = GradientSeam(ctx.model, self.dist, self._freeze)
         try:
             super().train()
@@ -179,6 +187,7 @@ class ContinualMixin(_Parent):
         finally:
             self._seam.detach()
             self._seam = self._phase = None
+            self.callback_handler.callbacks = callbacks
             history: list[Any] = [{"phase": phase.name, **entry} for entry in self.state.log_history]
             for name, value in before.items():
                 setattr(self, name, value)
@@ -189,9 +198,8 @@ class ContinualMixin(_Parent):
     def _freeze(self, grads: GradView) -> None:
         assert self._phase is not None
         if self._phase.keep:
-            device = next(iter(grads.lists(list(self._phase.keep)[:1])[0])).device
             if self._phase_keep is None:
-                self._phase_keep = {name: mask.to(device) for name, mask in self._phase.keep.items()}
+                self._phase_keep = {n: mask.to(grads.parameter(n).device) for n, mask in self._phase.keep.items()}
             grads.mul_(self._phase_keep)  # before clipping, which would otherwise count them
             grads.freeze_(self._phase_keep)
 
@@ -216,7 +224,9 @@ class ContinualMixin(_Parent):
         # Every Trainer seeds the generator with args.seed: each task's new adapter would start from the same weights.
         adapter_seed = None if self.seeds_per_task else self.args.seed + task.index
         lora = LoraView(model, adapter_seed)
-        return MethodContext(model, task, self.dist, lora, self.state, self.args.seed, self._log_value)
+        return MethodContext(
+            model, task, self.dist, lora, self.state, self.args.seed, self._log_value, self.train_dataset
+        )
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

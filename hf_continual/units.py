@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .lora import LoraView, stored_name
+from .lora import LoraView, stored_name, trainable_parameters
 
 UnitScheme = Literal["matrix", "lora_matrix", "lora_rank1"]
 PairReduce = Literal["product", "mean", "sum"]
@@ -73,8 +73,12 @@ class SkillUnits:
     def __init__(self, scheme: str, pieces: Sequence[Piece], keys: Sequence[str]) -> None:
         self.scheme, self.pieces, self.keys = scheme, list(pieces), list(keys)
         self._sides = torch.zeros(len(self.keys), dtype=torch.float64)
+        sizes = torch.zeros(len(self.keys), dtype=torch.int64)
         for piece in self.pieces:
             piece.view(self._sides).add_(1)
+            piece.view(sizes).add_(torch.Size(piece.shape).numel() // piece.units)
+        self.sizes: list[int] = sizes.tolist()
+        """Weights in each unit."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,8 +89,9 @@ class SkillUnits:
 
     @property
     def digest(self) -> str:
-        """A hash of the scheme and the keys in their order."""
-        return hashlib.sha256("\n".join([self.scheme, *self.keys]).encode()).hexdigest()[:16]
+        """A hash of the scheme, the keys in their order, and their sizes."""
+        lines = [self.scheme, *(f"{key} {size}" for key, size in zip(self.keys, self.sizes, strict=True))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @classmethod
     def of_model(cls, model: nn.Module, scheme: str, *, method: str = "units", min_ndim: int = 0) -> SkillUnits:
@@ -105,12 +110,16 @@ class SkillUnits:
         pairs: list[tuple[str, str, str, str]] = []
         if lora.is_peft or scheme != "matrix":
             pairs = lora.trainable_pairs(method)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = trainable_parameters(model)
+        pairs = [pair for pair in pairs if pair[2] in parameters and pair[3] in parameters]
         adapters = {adapter for _, adapter, _, _ in pairs} or set(lora.active)
         # The name of an adapter is kept out of the keys unless two learn at once.
         rename = (lambda name: name) if len(adapters) > 1 else (lambda name: stored_name(name, adapters))
         shapes = {rename(name): (name, tuple(p.shape)) for name, p in parameters.items()}
-        stored_pairs = [(rename(module), rename(a), rename(b)) for module, _, a, b in pairs]
+        stored_pairs = [
+            (f"{module}@{adapter}" if len(adapters) > 1 else module, rename(a), rename(b))
+            for module, adapter, a, b in pairs
+        ]
         return cls._build(scheme, shapes, stored_pairs, method, min_ndim)
 
     @classmethod
@@ -165,16 +174,23 @@ class SkillUnits:
             raise InputError(f"method '{method}': no parameter of the model learns; there are no units to score")
         return cls(scheme, pieces, keys)
 
-    def check_same(self, keys: Sequence[str], method: str, whose: str) -> None:
-        """Refuse other units than `keys`, naming the first that differs."""
+    def check_same(self, keys: Sequence[str], method: str, whose: str, sizes: Sequence[int] | None = None) -> None:
+        """Refuse other units than `keys` with `sizes`, naming the first that differs."""
         if list(keys) == self.keys:
+            for key, mine, theirs in zip(self.keys, self.sizes, sizes or self.sizes, strict=True):
+                if mine != theirs:
+                    raise InputError(
+                        f"method '{method}': {whose} has other skill units than this model: '{key}' has {theirs} "
+                        f"weights there and {mine} here; keep the model, the rank and the target modules the same for "
+                        "all tasks"
+                    )
             return
-        mine, theirs = set(self.keys), set(keys)
-        first = next((k for k in [*self.keys, *keys] if (k in mine) != (k in theirs)), None)
+        own, others = set(self.keys), set(keys)
+        first = next((k for k in [*self.keys, *keys] if (k in own) != (k in others)), None)
         if first is None:
             first = next(a for a, b in zip(self.keys, keys, strict=True) if a != b)
             difference = f"'{first}' stands at another place"
-        elif first in mine:
+        elif first in own:
             difference = f"'{first}' is missing there"
         else:
             difference = f"'{first}' is there and not here"
@@ -185,6 +201,9 @@ class SkillUnits:
 
     def reduce(self, means: Mapping[str, Tensor], pair: str = "product") -> Tensor:
         """One score a unit from the means of its parameters.
+
+        With `product`, a rank-1 unit has the degree of two means. What learns beside LoRA is one parameter, so its mean
+        is squared: unsquared it would lie orders of magnitude above, and leave all LoRA units at 0 once normalised.
 
         Args:
             means: by parameter, [units of the parameter].
@@ -199,7 +218,7 @@ class SkillUnits:
             part = scores[piece.start : piece.start + piece.units]
             value = means[piece.name].to(device="cpu", dtype=torch.float64)
             if pair == "product":
-                part *= value
+                part *= value.square() if self.scheme == "lora_rank1" and piece.axis is None else value
             else:
                 part += value
         return scores / self._sides if pair == "mean" else scores
@@ -208,7 +227,11 @@ class SkillUnits:
 def lerp(previous: Tensor, current: Tensor, coefficient: Tensor | float) -> Tensor:
     """previous + c (current - previous), rounded once to the dtype of `current`; exact at c = 0 and c = 1."""
     c = torch.as_tensor(coefficient, device=current.device, dtype=torch.float64)
-    return torch.lerp(previous.to(current.device).double(), current.double(), c).to(current.dtype)
+    previous = previous.to(current)
+    merged = torch.lerp(previous.double(), current.double(), c).to(current.dtype)
+    if bool(((c == 0) | (c == 1)).any()):  # signed zeros and infinities too
+        merged = torch.where(c == 0, previous, torch.where(c == 1, current, merged))
+    return merged
 
 
 def fuse(
@@ -280,8 +303,3 @@ def fuse_products(
         merged[first.name] = a.reshape(first.shape).to(current[first.name])
         merged[second.name] = b.reshape(second.shape).to(current[second.name])
     return merged
-
-
-def describe(units: SkillUnits) -> dict[str, Any]:
-    """What identifies the units in a file."""
-    return {"scheme": units.scheme, "units": len(units), "hash": units.digest}

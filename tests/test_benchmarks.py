@@ -1,20 +1,35 @@
-"""The benchmark runs and says what it should; what it measures on a tiny model means nothing."""
+"""The benchmarks run and say what they should; what they measure on tiny sizes means nothing."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "step_overhead.py"
+from hf_continual.importance import ImportanceTracker
+from hf_continual.units import SkillUnits
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def overhead():
-    spec = importlib.util.spec_from_file_location("step_overhead", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("step_overhead")
+
+
+@pytest.fixture(scope="module")
+def skills():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))  # it takes `ratio` from step_overhead
+        yield load("skill_importance")
 
 
 def test_measures_three_trainers_on_both_cases(overhead, tmp_path, capsys):
@@ -49,3 +64,75 @@ def test_a_trainer_that_fails_ends_the_others(overhead, monkeypatch):
     monkeypatch.setattr(overhead.MIGU, "edit_gradients", fail)
     with pytest.raises(ArithmeticError, match="raised within a step"):
         overhead.main(["--model", "tiny", "--cases", "lora", "--steps", "1", "--batch", "2", "--device", "cpu"])
+
+
+def test_measures_the_methods_that_track_importance(overhead, capsys):
+    found = overhead.main(
+        ["--model", "tiny", "--cases", "lora_all", "full", "--methods", "kif", "kif_tracker", "tasl", "--steps", "3",
+         "--warmup", "3", "--batch", "2", "--length", "8", "--target_length", "4", "--device", "cpu"]
+    )["cases"]  # fmt: skip
+    assert list(found["lora_all"]["trackers"]) == ["ours+kif", "ours+kif_tracker", "ours+tasl"]
+    assert list(found["full"]["trackers"]) == ["ours+tasl"]
+    for result in found.values():
+        assert result["equal_weights"] and result["migu"] is None
+        for name, tracker in result["trackers"].items():
+            assert tracker["tracked_elements"] == result["trainable_parameters"], name
+            assert 8 <= tracker["bytes_per_element"] < 8.1
+            share = tracker["share_of_a_step"]
+            assert tracker["hook_seconds"] > 0 and 0 < share["low"] <= share["median"] <= share["high"]
+    assert "ours+kif_tracker" in capsys.readouterr().out
+
+
+def test_measures_tracking_and_fusion(skills, tmp_path, capsys):
+    out = tmp_path / "importance.json"
+    skills.main(
+        ["--layers", "1", "--rank", "2", "--vocab", "32", "--rounds", "2", "--warmup", "1", "--ops_layers", "1", "2",
+         "--cases", "lora", "lora_all", "--fusion_layers", "2", "--fusion_width", "24", "--fusion_rank", "4",
+         "--fusion_rounds", "1", "--device", "cpu", "--out", str(out)]
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    for result in found["tracker"].values():  # that the three agree, it asserts itself
+        assert list(result["median_seconds"]) == ["ours", "naive", "foreach"]
+        assert all(0 < r["low"] <= r["median"] <= r["high"] for r in result["ratios"].values())
+        assert 8 <= result["bytes_per_element"]["ours"] < 8.1 and result["bytes_per_element"]["naive"] == 12
+        assert all(size > 0 for size in result["scratch_bytes"].values())
+    for result in found["ops"].values():
+        naive, ours = result["naive"], result["ours, accelerator"]
+        assert naive[1]["top"] == 2 * naive[0]["top"] and naive[1]["waits"] == 2 * naive[0]["waits"] > 0
+        assert ours[1]["top"] == ours[0]["top"] and ours[1]["waits"] == 0
+    assert found["fusion"]["units"] == 2 * 4 * 4 and len(found["fusion"]["median_seconds"]) == 5
+    assert "from disk" in capsys.readouterr().out
+
+
+def random_weights(layers, device="cpu"):
+    generator = torch.Generator().manual_seed(layers)
+    shapes = {}
+    for layer in range(layers):
+        for module in ("q_proj", "v_proj"):
+            shapes[f"{layer}.{module}.lora_A.weight"] = (4, 24)
+            shapes[f"{layer}.{module}.lora_B.weight"] = (24, 4)
+    weights, gradients = (
+        [torch.randn(shape, generator=generator).to(device) for shape in shapes.values()] for _ in range(2)
+    )
+    return SkillUnits.of_shapes(shapes, "lora_rank1"), weights, gradients
+
+
+@pytest.mark.parametrize("order", ["first", "mix"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_update_dispatches_as_many_operators_with_more_layers(skills, device, order):
+    counts = []
+    for layers in (2, 8):
+        units, weights, gradients = random_weights(layers, device)
+        tracker = ImportanceTracker(units, order=order)
+        tracker.update_lists(weights, gradients)
+        counts.append(skills.count_ops(lambda t=tracker, w=weights, g=gradients: t.update_lists(w, g)))
+    assert counts[0]["top"] == counts[1]["top"] <= 30
+    assert counts[0]["waits"] == counts[1]["waits"] == (device == "cpu")
+
+
+def test_only_two_floats_a_weight_stay(skills):
+    units, weights, gradients = random_weights(8)
+    elements = sum(w.numel() for w in weights)
+    tracker = ImportanceTracker(units)
+    assert 8 * elements <= skills.lasting_bytes(lambda: tracker.update_lists(weights, gradients)) <= 8 * elements + 64
+    assert skills.lasting_bytes(lambda: tracker.update_lists(weights, gradients)) == 0

@@ -238,6 +238,17 @@ def test_held_out_rows_are_disjoint_and_seeded(tmp_path: Path) -> None:
     assert len(load_task({"path": str(file), "eval_fraction": 0.001}).eval_dataset) == 1
 
 
+def test_options_can_be_chosen_on_held_out_training_rows(tmp_path: Path) -> None:
+    """`eval_split: train` never shows the rows whose scores are reported."""
+    write(tmp_path / "t" / "train.json", rows(50))
+    write(tmp_path / "t" / "dev.json", rows(60)[50:])
+    reported = load_task({"path": str(tmp_path / "t")})
+    tuning = load_task({"path": str(tmp_path / "t"), "eval_split": "train", "eval_fraction": 0.2})
+    train, held = set(tuning.train_dataset["prompt"]), set(tuning.eval_dataset["prompt"])
+    assert len(held) == 10 and len(train) == 40 and not train & held
+    assert held <= set(reported.train_dataset["prompt"]) and not held & set(reported.eval_dataset["prompt"])
+
+
 def test_row_limits_take_the_rows_of_a_seeded_shuffle(tmp_path: Path) -> None:
     write(tmp_path / "t" / "train.json", rows(30))
     write(tmp_path / "t" / "dev.json", rows(20, "dev"))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_continual import run_state, task_queue
+from hf_continual import run_state, skill_fusion, task_queue
 from hf_continual.lora import LoraView
 from hf_continual.methods.base import MethodList
 from hf_continual.run_state import RunDirectory
@@ -24,6 +24,7 @@ KINDS = {
     "naive": {"methods": []},
     "full": {"methods": ["migu"], "lora": False},
     "t5": {"methods": ["inclora"], "kind": "t5"},
+    "kif": {"methods": [{"name": "kif", "replay_count": 6, "fusion": "categorical", "quantile": 0.5}]},
 }
 
 
@@ -150,9 +151,30 @@ POINTS = {
 }
 
 
+def _in_replay_phase():
+    original = ContinualMixin.training_step
+
+    def replaced(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self._phase is not None and self.state.global_step == 1:  # one optimizer step is done
+            die()
+        return loss
+
+    ContinualMixin.training_step = replaced
+
+
+FUSION_POINTS = {  # the first task has neither a fusion nor a phase
+    "in a step": _in_step,
+    "in the merge": lambda: _before(skill_fusion, "fuse", lambda *a: True),
+    "between merge and replay phase": lambda: _before(ContinualMixin, "_run_phase", lambda *a: True),
+    "in the replay phase": _in_replay_phase,
+    "in the end of a task": _in_task_end,
+}
+
+
 def _child(folder, name, point, training):
     torch.set_num_threads(1)
-    POINTS[point]()
+    {**POINTS, **FUSION_POINTS}[point]()
     make_queue(folder, name, **training).run()
 
 

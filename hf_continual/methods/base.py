@@ -1,6 +1,7 @@
 """What a method is: one small object with optional hooks that sees a context and never the Trainer.
 
-The order of one optimizer step (all phases are global; within a phase, list order):
+The order of one optimizer step (all phases are global; within a phase, list order, but that a method which adds
+adapters begins a task before the others):
 
     for each micro-batch:
         own columns popped -> forward_context opens -> forward, task loss -> closes
@@ -50,6 +51,7 @@ class MethodContext:
         state: the Trainer's own state, read only.
         seed: the seed of this task's training.
         log: `log(name, scalar tensor)` adds a value to the next training log, averaged since the last one.
+        rows: the task's training rows as the Trainer got them, before any method's `train_dataset`.
     """
 
     model: nn.Module
@@ -59,13 +61,16 @@ class MethodContext:
     state: TrainerState
     seed: int
     log: Callable[[str, Tensor], None]
+    rows: Any = None
 
 
 @dataclass(frozen=True)
 class TrainingPhase:
     """A further training after the merge, on the task loss alone: no other hook runs in it.
 
-    It is not saved in checkpoints; a task that is stopped in it does it again from its start.
+    It is not saved in checkpoints; a task that is stopped in it does it again from its start. It has no warm-up, no
+    evaluation, and of the Trainer's callbacks only those that show progress: trackers and callbacks of the user's own
+    take a Trainer to train once. Its logs stand in `log_history` with `phase` as a key.
 
     Attributes:
         name: in logs.
@@ -235,7 +240,9 @@ class ContinualMethod(Generic[ConfigT]):
         except FileNotFoundError as error:
             raise InputError(f"state of method '{self.name}': {error.filename or path} is missing") from error
         except Exception as error:
-            raise InputError(f"state of method '{self.name}': {path} cannot be read ({error})") from error
+            raise InputError(
+                f"state of method '{self.name}': {path} or the .safetensors file beside it cannot be read ({error})"
+            ) from error
 
 
 HOOKS: tuple[str, ...] = (
@@ -383,7 +390,8 @@ class MethodList(Sequence[ContinualMethod[Any]]):
                 ctx.lora.peft_model(method.name)
 
     def on_task_begin(self, ctx: MethodContext) -> None:
-        for method in self.methods:
+        """Who adds adapters comes first, so that all others see what learns, whatever the order of the list."""
+        for method in sorted(self.methods, key=lambda m: "adapters" not in m.owns):
             method.on_task_begin(ctx)
 
     def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..distributed import GradView
 from ..importance import check_share
-from ..lora import stored_name
+from ..lora import stored_name, trainable_parameters
 from ..units import lerp
 from .base import ContinualMethod, MethodContext
 
@@ -57,35 +57,41 @@ class FisherMerge(ContinualMethod[FisherMergeConfig]):
         super().__init__(config, **options)
         self.total_: dict[str, Tensor] = {}
         self.sum_: dict[str, Tensor] = {}
-        self.steps_ = 0
+        self.steps_: Tensor | None = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
-        self.steps_ = 0
-        self.sum_ = {
-            n: torch.zeros_like(p, dtype=torch.float32) for n, p in ctx.model.named_parameters() if p.requires_grad
-        }
+        self.sum_, self.steps_ = {}, None
 
     @torch.no_grad()
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        if ctx.state.global_step == 0:
+            named = trainable_parameters(ctx.model)
+            self.sum_ = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+            self.steps_ = None
         weights, gradients = grads.lists(self.sum_)
-        if next(iter(self.sum_.values())).device != weights[0].device:
-            self.sum_ = dict(zip(self.sum_, [s.to(weights[0].device) for s in self.sum_.values()], strict=True))
+        device = weights[0].device
+        if next(iter(self.sum_.values())).device != device:  # read from a checkpoint
+            self.sum_ = dict(zip(self.sum_, [s.to(device) for s in self.sum_.values()], strict=True))
         pairs = [(s, g.float()) for s, g in zip(self.sum_.values(), gradients, strict=True) if g is not None]
-        scale = ctx.dist.grad_scale() ** -2
-        torch._foreach_addcmul_([s for s, _ in pairs], [g for _, g in pairs], [g for _, g in pairs], value=scale)
-        self.steps_ += 1
+        # A step with a NaN or infinite gradient, such as one that fp16 skips, does not count.
+        finite = torch.isfinite(torch.stack(torch._foreach_norm([g for _, g in pairs]))).all()
+        clean = [torch.where(finite, g, 0.0) for _, g in pairs]
+        torch._foreach_addcmul_([s for s, _ in pairs], clean, clean, value=ctx.dist.grad_scale() ** -2)
+        self.steps_ = finite.float() if self.steps_ is None else self.steps_.to(device) + finite
 
     def merge(
         self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         merged, adapters = dict(current), set(ctx.lora.active)
+        assert self.steps_ is not None
+        steps = self.steps_.clamp_min(1)
         for name, after in current.items():
             key = stored_name(name, adapters)
-            fisher = (self.sum_[name] / max(self.steps_, 1)).cpu()
+            fisher = (self.sum_[name] / steps).cpu()
             if key in self.total_ and not ctx.task.is_first:
                 merged[name] = lerp(previous[name], after, fisher_coefficients(fisher, self.total_[key]))
             self.total_[key] = fisher + self.config.decay * self.total_[key] if key in self.total_ else fisher
         return merged
 
     def on_task_end(self, ctx: MethodContext) -> None:
-        self.sum_ = {}
+        self.sum_, self.steps_ = {}, None

@@ -14,8 +14,7 @@ from typing import Any
 
 import datasets
 
-from ..errors import InputError
-from ..replay import buffer_size, check_rows, check_sizes, keep_rows
+from ..replay import buffer_size, check_columns, check_rows, check_sizes, keep_rows
 from .base import ContinualMethod, MethodContext
 
 
@@ -26,7 +25,7 @@ class ReplayConfig:
     seed: int = field(default=42, metadata={"help": "Seed of the draw."})
 
     def __post_init__(self) -> None:
-        check_sizes("replay", self.ratio, self.count)
+        check_sizes(self.ratio, self.count)
 
 
 class Replay(ContinualMethod[ReplayConfig]):
@@ -53,11 +52,7 @@ class Replay(ContinualMethod[ReplayConfig]):
             return dataset
         if not isinstance(dataset, datasets.Dataset):
             dataset = datasets.Dataset.from_list([dataset[i] for i in range(len(dataset))])
-        if set(dataset.column_names) != set(self.buffer_.column_names):
-            raise InputError(
-                f"method 'replay': task '{ctx.task.name}' has the columns {sorted(dataset.column_names)} and the "
-                f"buffer {sorted(self.buffer_.column_names)}; give every task the same columns"
-            )
+        check_columns(dataset, self.buffer_, self.name, ctx.task.name)
         return datasets.concatenate_datasets([dataset, self.buffer_.cast(dataset.features)])
 
     def on_task_end(self, ctx: MethodContext) -> None:

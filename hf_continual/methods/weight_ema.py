@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..distributed import GradView
 from ..importance import check_share
+from ..lora import trainable_parameters
 from .base import ContinualMethod, MethodContext
 
 
@@ -44,11 +45,12 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
     def on_task_begin(self, ctx: MethodContext) -> None:
         self.average_ = {}
         self._grads: GradView | None = None
-        if not ctx.task.is_first:
-            self.average_ = {n: p.detach().float().clone() for n, p in ctx.model.named_parameters() if p.requires_grad}
 
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         self._grads = grads
+        if ctx.state.global_step == 0 and not ctx.task.is_first:
+            names = list(trainable_parameters(ctx.model))
+            self.average_ = dict(zip(names, [w.float().clone() for w in grads.lists(names)[0]], strict=True))
 
     @torch.no_grad()
     def on_step_end(self, ctx: MethodContext) -> None:
@@ -56,7 +58,7 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
             return
         assert self._grads is not None
         weights, _ = self._grads.lists(self.average_)
-        if next(iter(self.average_.values())).device != weights[0].device:  # begun or read from a checkpoint elsewhere
+        if next(iter(self.average_.values())).device != weights[0].device:  # read from a checkpoint
             moved = (a.to(w.device) for a, w in zip(self.average_.values(), weights, strict=True))
             self.average_ = dict(zip(self.average_, moved, strict=True))
         torch._foreach_lerp_(list(self.average_.values()), [w.float() for w in weights], 1 - self.config.decay)
