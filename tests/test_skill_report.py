@@ -339,7 +339,7 @@ def test_peaked_scores_are_drawn_as_ranks(tmp_path):
     assert found.scale == "rank"
     np.testing.assert_allclose(found.values[0, :2, 1], [0.625, 0.375])
     np.testing.assert_allclose(layer_importance(units, "minmax").values[0, :2, 1], [0.505, 0.015])
-    logs = np.log([100, 1, 1, 3]) / np.log(100)  # a score of zero counts as the smallest above zero
+    logs = np.log([1000, 10, 1, 30]) / np.log(1000)  # a score of zero counts as a tenth of the smallest above it
     np.testing.assert_allclose(layer_importance(units, "log").values[0, :2, 1], [logs[:2].mean(), logs[2:].mean()])
     with pytest.raises(InputError, match="no units"):
         layer_importance([])
