@@ -157,7 +157,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys):
     assert "a mapping" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[1], "--options", "1")
     assert "by 'kif' already" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[0])
     assert "first task" in refused(tmp_path, capsys, "--method", "kif", "--previous", run[0] / "adapter",
-                                   "--current", run[1] / "adapter", "--importance", run[0])  # fmt: skip
+                                   "--current", run[0] / "adapter", "--importance", run[0])  # fmt: skip
     assert "holds no importance" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", tmp_path)
     assert "is not there" in refused(tmp_path, capsys, "--method", "kif", "--previous", tmp_path, "--current", run[1],
                                      "--importance", run[1])  # fmt: skip

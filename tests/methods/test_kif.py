@@ -22,10 +22,12 @@ class TestKIF(MethodContract):
 
 class TestKIFMatrix(MethodContract):
     method = {"name": "kif", "units": "matrix", "timing": "consistent"}
+    kinds = ("t5",)
 
 
 class TestKIFMemory(MethodContract):
     method = {"name": "kif", "replay_count": 4, "replay_learning_rate": 0.005}
+    kinds = ("llama",)
 
 
 def train(model, index, methods, folder, kind="llama", **options):

@@ -32,8 +32,9 @@ class TestTaSL(MethodContract):
     method = {"name": "tasl"}
 
 
-class TestTaSLRank1Memory(MethodContract):
+class TestTaSLMemory(MethodContract):
     method = {"name": "tasl", "units": "matrix", "replay_count": 8, "every_n_steps": 2, "average": "run"}
+    kinds = ("roberta",)
 
 
 def train(model, index, methods, folder, kind="llama", **options):
