@@ -224,7 +224,7 @@ def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
         for name in method_names():
             cls = method_class(name)
             summary = (cls.__doc__ or "").strip().splitlines()[0]
-            print(f"{name:10} {cls.paper:18} {summary}")
+            print(f"{name:15} {cls.paper:18} {summary}")
     elif args.what == "streams":
         from .streams import describe_stream, stream_names
 

@@ -27,11 +27,10 @@ from hf_continual.skill_report import (
     layer_importance,
     plot_skill_cases,
     plot_skill_importance,
-    read_skill_units,
-    skill_method,
     skill_table,
     unit_places,
 )
+from hf_continual.skill_state import read_skill_units, skill_method
 from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 from hf_continual.units import SkillUnits
 
