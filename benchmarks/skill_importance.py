@@ -370,7 +370,7 @@ def from_disk(
             )
         for space in ("factors", "products"):
             method = KIF(space=space)
-            method.scheme_, method.unit_keys_ = units.scheme, units.keys
+            method.scheme_, method.unit_keys_, method.unit_sizes_ = units.scheme, units.keys, units.sizes
             method.raw_, method.before_, method.cumulative_ = raw, past, accumulate(raw, past)
             scores = folder / f"scores-{space}"
             scores.mkdir()

@@ -225,18 +225,17 @@ class ImportanceTracker:
         """As `update`, with one entry a piece of `units`, in its order."""
         filled = [w.new_zeros(()).expand_as(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
         self._prepare(weights)
-        assert self.updates is not None
-        keep = sum(w.numel() for w in weights) <= KEPT
-        products: list[Tensor | None] = []
-        sums = []
-        for chunk in self._chunks:
-            if keep:
-                products.append(chunk.product(weights, filled))
-                sums.append(products[-1].sum())  # type: ignore[union-attr]
-            else:
-                products.append(None)
-                sums.append(chunk.gather(filled).sum().to(self.updates))
-        finite = torch.isfinite(torch.stack(sums)).all()  # one NaN or infinity, and a sum is not finite
+        assert self.updates is not None and self.sensitivity is not None
+        products = None
+        if self.sensitivity.numel() <= KEPT:
+            # In one piece, which malloc keeps for the next step; it gives many smaller ones back to the system.
+            products = torch.empty_like(self.sensitivity)
+            for chunk in self._chunks:
+                chunk.product(weights, filled, out=products[chunk.span])
+            sums = products.sum()
+        else:
+            sums = torch.stack([chunk.gather(filled).sum().to(self.updates) for chunk in self._chunks])
+        finite = torch.isfinite(sums).all()  # one NaN or infinity, and a sum is not finite
         if finite.device.type == "cpu":
             if not finite:
                 return
@@ -244,8 +243,9 @@ class ImportanceTracker:
         else:
             counts = finite.to(torch.float32)  # stays on the device
             self.updates += counts
-        for chunk, product in zip(self._chunks, products, strict=True):
-            self._update_chunk(chunk, chunk.product(weights, filled) if product is None else product, counts, scale)
+        for chunk in self._chunks:
+            x = chunk.product(weights, filled) if products is None else products[chunk.span]
+            self._update_chunk(chunk, x, counts, scale)
         if counts is None:
             self.updates += 1
 
@@ -318,15 +318,21 @@ class ImportanceTracker:
 class _Chunk:
     """Neighbouring weights that are worked on at once: parts of some parameters, and their place in the buffers."""
 
-    def __init__(self, parts: list[tuple[int, int, int]], buffers: list[Tensor], weights: list[Tensor]) -> None:
-        self.parts = parts
+    def __init__(
+        self, parts: list[tuple[int, int, int]], span: slice, buffers: list[Tensor], weights: list[Tensor]
+    ) -> None:
+        self.parts, self.span = parts, span
+        buffers = [buffer[span] for buffer in buffers]
         self.sensitivity, self.uncertainty = buffers[:2]
         self.total = buffers[2] if len(buffers) == 3 else None
         self.whole = all(start == 0 and stop == weights[i].numel() for i, start, stop in parts)
 
-    def product(self, weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    def product(self, weights: list[Tensor], gradients: list[Tensor], out: Tensor | None = None) -> Tensor:
         """w g, on the device of the buffers."""
-        return (self.gather(gradients) * self.gather(weights)).to(self.sensitivity.device)
+        w, g = self.gather(weights), self.gather(gradients)
+        if out is None:
+            return (g * w).to(self.sensitivity.device)
+        return torch.mul(g, w, out=out) if out.device == w.device else out.copy_(g * w)
 
     def gather(self, tensors: list[Tensor]) -> Tensor:
         """This chunk of the tensors as one fp32 vector; it may be a view of them."""
@@ -346,7 +352,7 @@ def _chunks(weights: list[Tensor], buffers: list[Tensor]) -> list[_Chunk]:
     def close() -> None:
         nonlocal parts, filled, offset
         if parts:
-            chunks.append(_Chunk(parts, [b[offset : offset + filled] for b in buffers], weights))
+            chunks.append(_Chunk(parts, slice(offset, offset + filled), buffers, weights))
         parts, offset, filled = [], offset + filled, 0
 
     for i, weight in enumerate(weights):

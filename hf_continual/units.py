@@ -264,9 +264,10 @@ def fuse_products(
 
         \Delta\hat W = \sum_r (1 - c_r) \hat b_r \hat a_r^T + c_r b_r a_r^T        then the best rank-r factors B A
 
-    The sum has rank 2 r at most; its truncated SVD is found from QR decompositions of the stacked factors, never from
-    the full matrix. The factors share the singular values evenly. Rows of A change places in general, so unit r of the
-    result is not unit r of the inputs.
+    The sum is L R with the stacked factors L [d_out, 2 r] and R [2 r, d_in]. With L^T L = F^T F, R R^T = G^T G and
+    the SVD F G^T = U S V^T, all of size 2 r, its truncated SVD has the factors L G^T V S^{-1/2} and S^{-1/2} U^T F R.
+    The full matrix is never built. The factors share the singular values evenly. Rows of A change places in general,
+    so unit r of the result is not unit r of the inputs.
 
     Raises:
         InputError: unless the scheme is `lora_rank1`.
@@ -276,30 +277,36 @@ def fuse_products(
             f"fusing products of LoRA factors needs units='lora_rank1', not '{units.scheme}', where A and B have "
             "coefficients of their own"
         )
-    merged = fuse(units, previous, current, coefficients)
+    merged = dict(current)
     pairs: dict[int, list[Piece]] = {}
     for piece in units.pieces:
-        if piece.axis is not None:
+        c = coefficients[piece.start : piece.start + piece.units]
+        if piece.axis is not None and not bool((c == c[0]).all() & ((c[0] == 0) | (c[0] == 1))):
             pairs.setdefault(piece.start, []).append(piece)
+        else:  # a pair with c = 0 or 1 throughout: its factors are the previous or the current ones
+            merged[piece.name] = lerp(previous[piece.name], current[piece.name], piece.view(coefficients))
     for start, (first, second) in pairs.items():
         rank = first.units
         c = coefficients[start : start + rank].double()
-        if bool(((c == 0) | (c == 1)).all()) and bool((c == c[0]).all()):
-            continue  # the factors are the previous or the current ones
         a_before, a_after = (w[first.name].double().cpu().flatten(1) for w in (previous, current))
         b_before, b_after = (w[second.name].double().cpu().flatten(1) for w in (previous, current))
         if b_before.shape[1] != rank:
             raise InputError(f"'{second.name}' of shape {list(second.shape)} is no matrix of {rank} columns")
         left = torch.cat([b_before * (1 - c), b_after * c], dim=1)
         right = torch.cat([a_before, a_after], dim=0)
-        q_left, r_left = torch.linalg.qr(left)
-        q_right, r_right = torch.linalg.qr(right.T)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-        kept = min(rank, len(s))  # fewer in a layer narrower than the rank; the rest stays zero
-        root = s[:kept].sqrt()
-        a, b = torch.zeros_like(a_before), torch.zeros_like(b_before)
-        a[:kept] = root[:, None] * (vh[:kept] @ q_right.T)
-        b[:, :kept] = (q_left @ u[:, :kept]) * root
+        f, g = _root(left.T @ left), _root(right @ right.T)
+        u, s, vh = torch.linalg.svd(f @ g.T)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        # Directions that the sum does not have, as in a layer narrower than the rank, stay zero.
+        root = torch.where(s > 1e-14 * s[0], s, torch.inf).rsqrt()
+        a = (root[:, None] * (u.T @ f)) @ right
+        b = left @ ((g.T @ vh.T) * root)
         merged[first.name] = a.reshape(first.shape).to(current[first.name])
         merged[second.name] = b.reshape(second.shape).to(current[second.name])
     return merged
+
+
+def _root(gram: Tensor) -> Tensor:
+    """F with F^T F = `gram`, which may be singular."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
