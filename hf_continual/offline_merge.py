@@ -223,7 +223,8 @@ def merge_offline(
         shapes = before.shapes()
         own = {**after.shapes(), **{k: tuple(v.shape) for k, v in unmerged.items()}}
         _check_fit(before, after, shapes, own)
-        units, coefficients, summary = _coefficients(made, scores, before, after, unmerged, own)
+        units, coefficients, aliases, summary = _coefficients(made, scores, before, after, unmerged, own)
+        unmerged |= {key: unmerged[other] for key, other in aliases.items() if other in unmerged}
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -265,8 +266,9 @@ def _unmerged(after: StoredWeights, scores: Sequence[Importance]) -> dict[str, T
     mergers = [r["method"] for r in records if r.get("method") in MERGERS and _tasks_done(r) > 1]
     if not mergers:
         return {}  # learnt without a merging method, or the first task
-    if scores and scores[0].unmerged and torch.equal(scores[0].raw, read_importance(after.task, scores[0].method).raw):
-        return scores[0].unmerged
+    given = scores[0] if scores and scores[0].unmerged and scores[0].method in mergers else None
+    if given is not None and torch.equal(given.raw, read_importance(after.task, given.method).raw):
+        return given.unmerged  # of this task, and not of another one
     raise InputError(
         f"--current {after.given}: its weights were merged by '{mergers[0]}' already; give the weights from before the "
         "merge, or run with keep_unmerged: true, which stores them with the importance"
@@ -309,13 +311,13 @@ def _coefficients(
     after: StoredWeights,
     unmerged: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[SkillUnits, Tensor, dict[str, Any]]:
-    """The units of the files, their coefficients, and a summary."""
+) -> tuple[SkillUnits, Tensor, dict[str, str], dict[str, Any]]:
+    """The units of the files, their coefficients, other names of tied weights, and a summary."""
     summary: dict[str, Any] = {"method": method.name, "options": method.options()}
     summary |= {"previous": str(before.given), "current": str(after.given)}
     if isinstance(method, WeightEnsemble):
         units = SkillUnits.of_shapes(shapes, "matrix", method=method.name)
-        return units, torch.full((len(units),), float(method.config.coefficient), dtype=torch.float64), summary
+        return units, torch.full((len(units),), float(method.config.coefficient), dtype=torch.float64), {}, summary
     assert isinstance(method, SkillFusion)
     record = scores[0]
     past, past_keys = record.before, record.keys
@@ -331,6 +333,7 @@ def _coefficients(
     mine = dict(zip(units.keys, units.sizes, strict=True))
     # What has no score is frozen, the same in both, or another name of tied weights.
     aliases: dict[str, str | None] = {}
+    tied = bool(after.config.get("ensure_weight_tying"))
     for key in [k for k in mine if k not in known]:
         aliases[key] = _alias(key, known, shapes, before, after, unmerged)
         frozen = key in shapes and torch.equal(before[key], unmerged[key] if key in unmerged else after[key])
@@ -338,6 +341,7 @@ def _coefficients(
             raise InputError(
                 f"--importance {record.path} belongs to another model: it has no score of '{key}', which "
                 f"{after.given} has"
+                + ("; tied adapters (ensure_weight_tying) cannot be merged offline" if tied else "")
             )
     for keys, path in ((record.keys, record.path), (past_keys, scores[-1].path)):
         missing = next((k for k in keys if k not in mine), None) or next((k for k in known if k not in set(keys)), None)
@@ -374,7 +378,7 @@ def _coefficients(
     coefficients = torch.tensor(list(values.values()), dtype=c.dtype)
     summary |= {"importance": [str(s.path) for s in scores], "units": len(units), "scheme": units.scheme}
     summary |= {"hash": units.digest, "shares": dict(zip(CASES, [n / len(cases) for n in counts], strict=True))}
-    return units, coefficients, summary
+    return units, coefficients, {key: other for key, other in aliases.items() if other is not None}, summary
 
 
 def _alias(

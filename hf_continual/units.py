@@ -202,8 +202,9 @@ class SkillUnits:
     def reduce(self, means: Mapping[str, Tensor], pair: str = "product") -> Tensor:
         """One score a unit from the means of its parameters.
 
-        With `product`, a rank-1 unit has the degree of two means. What learns beside LoRA is one parameter, so its mean
-        is squared: unsquared it would lie orders of magnitude above, and leave all LoRA units at 0 once normalised.
+        With rank-1 units, the scores of what learns beside LoRA (heads, biases) are scaled so that the largest of them
+        equals the largest of a rank-1 unit. As they are they lie orders of magnitude above a product of two means, and
+        would leave all rank-1 units at 0 once normalised.
 
         Args:
             means: by parameter, [units of the parameter].
@@ -218,10 +219,16 @@ class SkillUnits:
             part = scores[piece.start : piece.start + piece.units]
             value = means[piece.name].to(device="cpu", dtype=torch.float64)
             if pair == "product":
-                part *= value.square() if self.scheme == "lora_rank1" and piece.axis is None else value
+                part *= value
             else:
                 part += value
-        return scores / self._sides if pair == "mean" else scores
+        scores = scores / self._sides if pair == "mean" else scores
+        beside = self._sides == 1
+        if self.scheme == "lora_rank1" and bool(beside.any()):
+            largest = scores[beside].max()
+            if largest > 0:
+                scores[beside] *= scores[~beside].max() / largest
+        return scores
 
 
 def lerp(previous: Tensor, current: Tensor, coefficient: Tensor | float) -> Tensor:

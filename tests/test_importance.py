@@ -384,6 +384,15 @@ def test_refuses_unknown_options():
         normalise(vector(-1, 2, 3), "log")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("average", "all"), ("pair_reduce", "max"), ("every_n_steps", 0), ("every_n_steps", 1.5), ("every_n_steps", True)],
+)
+def test_refuses_options_of_the_tracker_that_cannot_be(option, value):
+    with pytest.raises(InputError, match=f"{option}={value!r}"):
+        ImportanceTracker(**{option: value})
+
+
 def test_refuses_scores_before_the_first_step_and_states_of_another_model():
     with pytest.raises(InputError, match="no optimizer step"):
         ImportanceTracker().scores()

@@ -136,6 +136,10 @@ BAD = {
         ["'kif'", "one skill unit only"],
     ),
     "products of matrices": (["--methods", "[{name: tasl, space: products}]"], ["space='products'", "lora_rank1"]),
+    "products beside a replay phase": (
+        ["--methods", "[{name: kif, space: products, replay_ratio: 0.5}]"], ["space='products'", "replay phase"],
+    ),
+    "no seed": (["--methods", "[{name: kif, replay_count: 2, replay_seed: today}]"], ["'kif'", "replay_seed='today'"]),
     "unknown order": (["--methods", "[{name: kif, order: third}]"], ["order='third'", "first, second, mix"]),
     "unknown option": (["--methods", "[{name: kif, temprature: 1}]"], ["temprature", "did you mean 'temperature'"]),
 }  # fmt: skip

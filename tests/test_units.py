@@ -3,11 +3,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_continual.errors import InputError
+from hf_continual.methods.kif import KIF
 from hf_continual.methods.tasl import TaSL
 from hf_continual.testing import equal, tiny_model, toy_rows, train_task, weights
-from hf_continual.units import SCHEMES, SkillUnits, fuse, fuse_products
+from hf_continual.units import SCHEMES, SkillUnits, fuse, fuse_products, lerp
 
 LORA = {"llama": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "roberta": {"r": 3, "target_modules": ["query"]}}
 P = "base_model.model."
@@ -110,6 +112,81 @@ def test_tied_embeddings_are_one_unit():
     assert "encoder.embed_tokens.weight" not in keys and "decoder.embed_tokens.weight" not in keys
 
 
+def tied_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+TIED = {
+    "LoRA": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+def tied_adapter(case):
+    """An adapter on the embeddings that PEFT ties as the weights are, and (one name, another, view of it) of both."""
+    model = get_peft_model(tied_llama(), LoraConfig(r=4, task_type="CAUSAL_LM", ensure_weight_tying=True, **TIED[case]))
+    embedding, head = f"{P}model.embed_tokens", f"{P}lm_head"
+    if case == "LoRA":
+        twins = [
+            (f"{embedding}.lora_embedding_A.default", f"{head}.lora_B.default.weight", lambda w: w.T),
+            (f"{embedding}.lora_embedding_B.default", f"{head}.lora_A.default.weight", lambda w: w.T),
+        ]
+    else:
+        kept = "modules_to_save.default.weight"
+        twins = [(f"{embedding}.{kept}", f"{head}.{kept}", lambda w: w)]
+    return model, twins
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", TIED)
+def test_tied_adapters_are_one_unit(case, scheme):
+    model, twins = tied_adapter(case)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for first, second, view in twins:
+        assert parameters[first].data_ptr() == parameters[second].data_ptr()
+        assert torch.equal(view(parameters[first]), parameters[second])
+    units = SkillUnits.of_model(model, scheme)
+    assert {first for first, _, _ in twins} <= set(units.names)
+    assert not any("lm_head" in name for name in [*units.names, *units.keys])
+
+
+@pytest.mark.parametrize("c", [0.0, 1.0, "both"])
+@pytest.mark.parametrize("case", TIED)
+def test_tied_adapters_are_merged_once(case, c, tmp_path):
+    seen = []
+
+    class Watched(KIF):
+        name = "kif"
+
+        def fusion_coefficients(self, current, previous):
+            place = torch.arange(len(current))  # units of a second copy would get other coefficients
+            return ((place + place // 4) % 2).double() if c == "both" else torch.full_like(current, c)
+
+        def merge(self, ctx, previous, current):
+            merged = super().merge(ctx, previous, current)
+            seen[:] = [previous, current, merged]
+            return merged
+
+    model, twins = tied_adapter(case)
+    two_tasks(model, Watched(), tmp_path)
+    previous, current, merged = seen
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    for first, second, view in twins:
+        assert torch.equal(view(parameters[first]), parameters[second])
+        assert not torch.equal(previous[first], current[first])
+    for name, value in merged.items():
+        assert torch.equal(parameters[name], value)
+        if c != "both":
+            assert torch.equal(value, (previous, current)[int(c)][name])
+    if c == "both" and case == "LoRA":
+        a = parameters[twins[0][0]]
+        for r in range(4):
+            assert torch.equal(a[r], (previous, current)[r % 2][twins[0][0]][r])
+
+
 class Convolutions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -169,6 +246,42 @@ def test_hash_tells_scheme_and_keys():
     digests = [SkillUnits.of_model(lora_model(), scheme).digest for scheme in SCHEMES]
     digests += [SkillUnits.of_model(lora_model(r=rank), "lora_rank1").digest for rank in (3, 4)]
     assert len(set(digests)) == 4 and digests[2] == digests[4]
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"r": 7}, {"target_modules": ["k_proj"]}], ids=str)
+def test_an_adapter_that_does_not_learn_may_be_of_another_kind(config):
+    model = lora_model()
+    model.add_adapter("old", LoraConfig(**{**LORA["llama"], **config}))
+    model.set_adapter("default")
+    for scheme in SCHEMES:
+        assert SkillUnits.of_model(model, scheme).keys == SkillUnits.of_model(lora_model(), scheme).keys
+    if "use_dora" in config:
+        model.set_adapter("old")
+        with pytest.raises(InputError, match="DoRA"):
+            SkillUnits.of_model(model, "lora_rank1")
+
+
+# -- scores of units ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pair", "ranks"), [("product", [6, 20]), ("mean", [2.5, 4.5]), ("sum", [5, 9])])
+def test_scores_of_rank1_units_and_of_what_learns_beside_them(pair, ranks):
+    """Head and bias have means 7 and 14: the larger one gets the largest score of a rank-1 unit, the other half of it."""
+    shapes = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (3, 2), "head": (2, 2), "bias": (2,)}
+    units = SkillUnits.of_shapes(shapes, "lora_rank1")
+    means = {"m.lora_A.weight": torch.tensor([2.0, 4.0]), "m.lora_B.weight": torch.tensor([3.0, 5.0])}
+    scores = units.reduce({**means, "head": torch.tensor([7.0]), "bias": torch.tensor([14.0])}, pair)
+    assert scores.tolist() == [*ranks, ranks[1] / 2, ranks[1]]
+    scores = units.reduce({**means, "head": torch.tensor([0.0]), "bias": torch.tensor([0.0])}, pair)
+    assert scores.tolist() == [*ranks, 0, 0]
+
+
+@pytest.mark.parametrize("pair", ["product", "mean", "sum"])
+@pytest.mark.parametrize("scheme", ["matrix", "lora_matrix"])
+def test_scores_of_whole_matrices_are_plain_means(scheme, pair):
+    units = SkillUnits.of_shapes({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (3, 2), "head": (2, 2)}, scheme)
+    means = {name: torch.tensor([mean]) for name, mean in zip(units.names, [2.0, 3.0, 7.0], strict=True)}
+    assert units.reduce(means, pair).tolist() == [2, 3, 7]
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
@@ -276,6 +389,20 @@ def test_fusing_mixes_exact_units_within_one_matrix():
     for r, source in ((0, previous), (1, current), (2, previous)):
         assert torch.equal(a[r], source["m.lora_A.weight"][r])
         assert torch.equal(b[:, r], source["m.lora_B.weight"][:, r])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("c", [0.0, 1.0])
+def test_signed_zeros_and_infinities_pass_unchanged(c, dtype):
+    values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1.5], dtype=dtype)
+    previous, current = (t.reshape(-1).contiguous() for t in torch.meshgrid(values, values, indexing="ij"))
+    expected = current if c else previous
+    for coefficient in (c, torch.full((25,), c, dtype=torch.float64)):
+        merged = lerp(previous, current, coefficient)
+        assert torch.equal(merged, expected) and torch.equal(merged.signbit(), expected.signbit())
+    halves = torch.where(torch.arange(25) < 12, c, 0.5).double()
+    mixed = lerp(previous, current, halves)
+    assert torch.equal(mixed[:12], expected[:12]) and mixed[24] == 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

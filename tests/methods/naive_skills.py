@@ -197,6 +197,18 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
+class OutOfMemory(TrainerCallback):
+    """Once, after this step: with `auto_find_batch_size` the Trainer then begins again with a smaller batch."""
+
+    def __init__(self, step):
+        self.step, self.raised = step, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.raised:
+            self.raised = True
+            raise RuntimeError("CUDA out of memory.")
+
+
 class Movement(TrainerCallback):
     """The trainable weights at the begin and after every step of each training, those of replay phases too."""
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from contract import MethodContract
-from naive_skills import assert_same_weights
+from naive_skills import OutOfMemory, assert_same_weights
 from transformers import TrainerCallback
 
 from hf_continual.errors import InputError
 from hf_continual.methods.fisher_merge import FisherMerge, fisher_coefficients
-from hf_continual.testing import tiny_model, toy_rows, train_task
+from hf_continual.testing import tiny_model, toy_rows, train_task, weights
 
 
 class TestFisherMerge(MethodContract):
@@ -64,6 +64,43 @@ def test_gradients_count_as_they_are_before_clipping(tmp_path):
         train_task(tiny_model(), toy_rows(), [method], tmp_path / str(limit), max_grad_norm=limit, learning_rate=0.0)
         totals.append(method.total_)
     assert all(torch.equal(totals[0][name], totals[1][name]) for name in totals[0])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_with_a_gradient_that_is_not_finite_does_not_count(value, tmp_path):
+    class Spoil(FisherMerge):
+        name = "fisher_merge"
+
+        def on_gradients(self, ctx, grads):
+            gradient = grads.parameter("lm_head.weight").grad
+            kept = gradient[0, 0].clone()
+            if ctx.state.global_step in (0, 2):
+                gradient[0, 0] = value
+            super().on_gradients(ctx, grads)
+            gradient[0, 0] = kept
+
+    class NaiveSpoilt(NaiveFisher):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step not in (0, 2):
+                super().on_pre_optimizer_step(args, state, control, **kwargs)
+
+    model, method, naive = tiny_model(), Spoil(), NaiveSpoilt()
+    for index in range(2):
+        train_task(model, toy_rows(seed=index), [method], tmp_path / str(index), callbacks=[naive], max_grad_norm=0)
+        assert naive.steps == 2
+        assert_same_weights(model, naive.merged)
+        for ours, theirs in zip(method.total_.values(), naive.total.values(), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6 * float(theirs.max()))
+    assert all(torch.isfinite(w).all() for w in weights(model).values())
+
+
+def test_begins_anew_when_the_trainer_does(tmp_path):
+    method, naive = FisherMerge(), NaiveFisher()
+    train_task(tiny_model(), toy_rows(), [method], tmp_path, callbacks=[naive, OutOfMemory(2)], max_grad_norm=0,
+               auto_find_batch_size=True)  # fmt: skip
+    assert naive.steps > 4  # of smaller batches
+    for ours, theirs in zip(method.total_.values(), naive.total.values(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6 * float(theirs.max()))
 
 
 def test_coefficients_by_hand():

@@ -5,10 +5,12 @@ import pytest
 import torch
 from contract import MethodContract
 from naive_skills import NaiveSkills, StopAfter, assert_agrees, four_cases, orthogonality, soft
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_continual.errors import InputError
+from hf_continual.importance import normalise
 from hf_continual.methods import kif
 from hf_continual.methods.base import MethodList
 from hf_continual.methods.kif import KIF
@@ -101,8 +103,6 @@ def test_logged_orthogonality_equals_the_formula(form, kind, tmp_path):
 
 
 def test_orthogonality_under_accumulation_and_mixed_ranks(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
     model = get_peft_model(tiny_model(), config)
     train(model, 0, [KIF()], tmp_path, num_train_epochs=1)
@@ -217,6 +217,59 @@ def test_units_keep_their_keys_when_olora_adds_adapters(tmp_path):
     assert keys[0] == keys[1] == SkillUnits.of_model(tiny_model(lora=True), "lora_rank1").keys
 
 
+PAIRS = [("kif", "olora"), ("kif", "inclora"), ("tasl", "inclora"), ("fisher_merge", "inclora"),
+         ("weight_ema", "inclora"), ("migu", "olora")]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_both_orders_of_a_pair_learn_the_same(pair, tmp_path):
+    found = []
+    for order in (pair, pair[::-1]):
+        model, methods = tiny_model(lora=True), MethodList(order)
+        train(model, 0, methods, tmp_path, num_train_epochs=1)
+        before = weights(model)
+        train(model, 1, methods, tmp_path, num_train_epochs=1)
+        after = weights(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)  # the first adapter is frozen
+        assert all(value.any() for name, value in after.items() if ".lora_B.task1." in name)
+        found.append(after)
+    assert len(found[0]) > len(before) and equal(*found)
+
+
+@pytest.mark.parametrize("order", [["migu", "olora"], ["olora", "migu"]], ids="-".join)
+def test_migu_masks_the_new_adapter_in_either_order(order, tmp_path):
+    model, methods = tiny_model(lora=True), MethodList(order)
+    for index in range(2):
+        train(model, index, methods, tmp_path, num_train_epochs=1)
+    ranked = [name for name in methods[order.index("migu")].top_rows_ if ".lora_A." in name]
+    assert len(ranked) == 4 and all(name.endswith(".lora_A.task1") for name in ranked)
+
+
+# -- beside weights that are learnt in full ----------------------------------------------------------------------------
+
+
+def learn_beside(kind, folder, **options):
+    targets = {"llama": ["q_proj", "v_proj"], "roberta": ["query", "value"]}[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(kind), LoraConfig(r=4, target_modules=targets, **options))
+    method = KIF()
+    for index in range(2):
+        train(model, index, [method], folder, kind)
+    return method, [i for i, key in enumerate(method.unit_keys_) if key.endswith("]")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("llama", {"modules_to_save": ["lm_head"]}), ("roberta", {"task_type": "SEQ_CLS"})]
+)
+def test_rank1_units_stay_apart_beside_weights_learnt_in_full(kind, options, tmp_path):
+    method, ranks = learn_beside(kind, tmp_path, **options)
+    assert 0 < len(ranks) < len(method.unit_keys_)
+    for scores in (method.raw_, method.before_):
+        spread = normalise(scores)[ranks]
+        assert float(spread.max()) > 0.5 and float(spread.std()) > 0.05
+    assert float((method.coefficients_[ranks] - 0.5).abs().max()) > 0.1
+
+
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +312,37 @@ def test_refuses_a_changed_rank_and_names_the_key(tmp_path):
         train(tiny_model(lora=True, rank=4), 1, [method], tmp_path)
 
 
+def test_accepts_another_rank_of_an_adapter_that_does_not_learn(tmp_path):
+    model = tiny_model(lora=True)
+    model.add_adapter("old", LoraConfig(r=7, target_modules=["q_proj"]))
+    model.set_adapter("default")
+    method = KIF()
+    for index in range(2):
+        train(model, index, [method], tmp_path)
+    assert method.unit_keys_ == SkillUnits.of_model(tiny_model(lora=True), "lora_rank1").keys
+
+
+def test_refuses_other_columns_before_training(tmp_path):
+    model, method = tiny_model(lora=True), KIF(replay_count=4)
+    train(model, 0, [method], tmp_path)
+    before = weights(model)
+    rows = toy_rows(seed=1).add_column("further", list(range(16)))
+    with pytest.raises(InputError, match=r"method 'kif': task 'task1' has the columns .*'further'.* and the buffer"):
+        train_task(model, rows, [method], tmp_path / "t1")
+    assert equal(weights(model), before) and len(method.buffer_) == 4 and method.tasks_done_ == 1
+
+
+@pytest.mark.parametrize("first", ["replay", "kif"])
+def test_the_buffer_holds_no_rows_that_replay_has_mixed_in(first, tmp_path):
+    methods = [{"name": "replay", "ratio": 1.0}, {"name": "kif", "replay_count": 16}]
+    methods = MethodList(methods if first == "replay" else methods[::-1])
+    model = tiny_model(lora=True)
+    for index in range(2):
+        train(model, index, methods, tmp_path, num_train_epochs=1)
+    kept = next(m for m in methods if m.name == "kif").buffer_["input_ids"]
+    assert list(kept) == [row for i in range(2) for row in toy_rows(rows=16, seed=i)["input_ids"]]
+
+
 def test_refuses_too_few_steps(tmp_path):
     with pytest.raises(InputError, match=r"method 'kif': task 'task0' has 1 optimizer step\(s\)"):
         train(tiny_model(lora=True), 0, [KIF()], tmp_path, max_steps=1)
@@ -266,8 +350,6 @@ def test_refuses_too_few_steps(tmp_path):
 
 @pytest.mark.parametrize("method", [{"name": "kif"}, {"name": "kif", "units": "matrix"}])
 def test_refuses_dora(method, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(InputError, match="DoRA"):
         train(model, 0, [method], tmp_path)

@@ -7,8 +7,10 @@ from contract import MethodContract
 from naive_skills import (
     Movement,
     NaiveSkills,
+    OutOfMemory,
     StopAfter,
     assert_agrees,
+    assert_close,
     four_cases,
     norm,
     percentile,
@@ -17,7 +19,7 @@ from naive_skills import (
     units_of,
 )
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_continual.distributed import Distributed
 from hf_continual.errors import InputError
@@ -189,6 +191,25 @@ def test_skipped_steps_do_not_count(tmp_path, monkeypatch):
     assert_agrees(method, naive, model)
 
 
+def test_a_share_of_less_than_a_step_is_the_last_step(tmp_path):
+    model, method = tiny_model(lora=True), TaSL(last_fraction=0.1)
+    naive = NaiveSkills("lora_matrix", "first", four_cases, counted=lambda step, steps: step == 3)
+    for index in range(2):
+        train(model, index, [method], tmp_path, callbacks=[naive], num_train_epochs=1)
+        assert naive.steps_seen == [3]
+        assert_agrees(method, naive, model)
+
+
+@pytest.mark.parametrize("timing", ["reference", "consistent"])
+def test_scores_begin_anew_when_the_trainer_does(timing, tmp_path):
+    method, naive = TaSL(timing=timing), NaiveSkills("lora_matrix", "first", four_cases, timing=timing)
+    callbacks = [naive, OutOfMemory(5)]
+    trainer = train(tiny_model(lora=True), 0, [method], tmp_path, callbacks=callbacks, auto_find_batch_size=True,
+                    max_grad_norm=0)  # fmt: skip
+    assert trainer.state.global_step > 8  # of smaller batches
+    assert_close(method.raw_, naive.raw, method.unit_keys_)
+
+
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +281,22 @@ def test_the_best_checkpoint_brings_its_importance(lora, tmp_path):
     assert not torch.equal(ours[1], last[1])
     saved = tmp_path / "best" / "t1" / "checkpoint-4" / "continual"
     assert {p.name for p in saved.iterdir()} == {"tasl.json", "tasl.safetensors"}
+
+
+STOPPED = {
+    "early": {"callbacks": [StopAfter(2)]},
+    "at the best checkpoint": {"trainer_class": best_at(2), **BEST},
+}
+
+
+@pytest.mark.parametrize("how", STOPPED)
+def test_refuses_to_stop_before_the_share_that_counts(how, tmp_path):
+    model, method = tiny_model(lora=True), TaSL(last_fraction=0.25)
+    train(model, 0, [method], tmp_path)
+    said = r"method 'tasl': the training of task 'task1' stopped before its last last_fraction=0\.25 of steps"
+    with pytest.raises(InputError, match=said):
+        train(model, 1, [method], tmp_path, **STOPPED[how])
+    assert method.tasks_done_ == 1
 
 
 # -- the replay phase --------------------------------------------------------------------------------------------------
@@ -336,6 +373,45 @@ def test_phase_is_logged_and_leaves_the_trainer_as_it_was(tmp_path):
     assert len(trainer.train_dataset) == 16 and trainer.optimizer.param_groups[0]["lr"] == 0.02
     assert [p.name for p in (tmp_path / "t1").glob("checkpoint-*")] == ["checkpoint-5"]
     assert len(method.buffer_) == 12 and trainer._seam is None and trainer._phase is None
+
+
+class Counting(TrainerCallback):
+    """A callback of the user's own: what it is called for, and the last scheduler it has seen."""
+
+    def __init__(self):
+        self.calls, self.scheduler = [], None
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.calls.append("begin")
+        self.scheduler = lr_scheduler
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.calls.append("step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.calls.append("log")
+
+
+def test_the_phase_has_no_warm_up_and_runs_no_callbacks_of_the_user(tmp_path):
+    model, method, counting = tiny_model(lora=True), TaSL(replay_count=8, replay_learning_rate=0.004), Counting()
+    train(model, 0, [method], tmp_path)
+    seen = []
+
+    class Remember(ContinualTrainer):
+        def _run_phase(self, ctx, phase):
+            seen.extend([self.args, self.lr_scheduler, [*self.callback_handler.callbacks]])
+            super()._run_phase(ctx, phase)
+
+    options = {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup", "num_train_epochs": 1}
+    trainer = train(model, 1, [method], tmp_path, callbacks=[counting], trainer_class=Remember, **options)
+    rates = [(e.get("phase"), e["learning_rate"]) for e in trainer.state.log_history if "learning_rate" in e]
+    assert [rate for phase, rate in rates if phase] == [0.004] * 2
+    assert [rate for phase, rate in rates if not phase] == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01])
+    assert counting.calls.count("begin") == 1 and counting.calls.count("step") == 4
+    assert counting.calls.count("log") == 5  # of four steps and the end
+    assert trainer.args is seen[0] and trainer.args.warmup_steps == 3
+    assert trainer.lr_scheduler is seen[1] is counting.scheduler
+    assert trainer.callback_handler.callbacks == seen[2] and counting in seen[2]
 
 
 def test_learning_rate_and_epochs_of_the_phase_take_effect(tmp_path):
@@ -448,6 +524,16 @@ def test_refuses_other_units_in_the_next_task(tmp_path):
     assert torch.equal(method.cumulative_, before)
 
 
+def test_refuses_another_rank_of_whole_matrices_in_the_next_task(tmp_path):
+    method = TaSL()
+    train(tiny_model(lora=True, rank=4), 0, [method], tmp_path)
+    said = (
+        r"the task before 'task1'.*'.*layers\.0\.self_attn\.q_proj\.lora_A\.weight' has 128 weights there and 96 here"
+    )
+    with pytest.raises(InputError, match=said):
+        train(tiny_model(lora=True, rank=3), 1, [method], tmp_path)
+
+
 def test_refuses_a_changed_scheme_in_the_next_task(tmp_path):
     method = TaSL()
     train(tiny_model(lora=True), 0, [method], tmp_path)
@@ -477,7 +563,8 @@ def test_refuses_scores_that_are_all_equal(tmp_path):
      ("timing", "late"), ("warmup_steps", -1), ("warmup_steps", 1.5), ("every_n_steps", 0), ("last_fraction", 0.0),
      ("last_fraction", 1.5), ("average", "all"), ("pair_reduce", "max"), ("min_ndim", -1), ("normalisation", "z"),
      ("space", "deltas"), ("replay_epochs", 0),
-     ("replay_learning_rate", 0.0), ("replay_learning_rate", "high"), ("shared", 2.0)],
+     ("replay_learning_rate", 0.0), ("replay_learning_rate", "high"), ("shared", 2.0), ("replay_seed", 1.5),
+     ("replay_seed", True), ("replay_seed", "now"), ("keep_unmerged", "yes"), ("keep_unmerged", 1)],
 )  # fmt: skip
 def test_refuses_options_that_cannot_be(option, value):
     with pytest.raises(InputError, match=rf"method 'tasl'.*{option}"):
@@ -494,6 +581,12 @@ def test_refuses_sizes_of_the_buffer_that_cannot_be(option, value):
 def test_products_need_pairs(units, tmp_path):
     with pytest.raises(InputError, match="space='products' needs units='lora_rank1'"):
         train(tiny_model(lora=True), 0, [TaSL(space="products", units=units)], tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [{"replay_count": 4}, {"replay_ratio": 0.1}], ids=str)
+def test_refuses_products_beside_a_replay_phase(sizes):
+    with pytest.raises(InputError, match=r"method 'tasl': space='products' cannot be combined with a replay phase"):
+        TaSL(space="products", units="lora_rank1", **sizes)
 
 
 def test_soft_coefficients_of_the_naive_one_are_those_of_the_worked_example():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from contract import MethodContract
-from naive_skills import Movement
+from naive_skills import Movement, OutOfMemory
 
 from hf_continual.errors import InputError
 from hf_continual.lora import trainable_state
@@ -33,6 +33,20 @@ def test_is_the_average_along_the_training(decay, kind, lora, tmp_path):
         average = states[0][name].double()
         for state in states[1:]:
             average = decay * average + (1 - decay) * state[name].double()
+        torch.testing.assert_close(value.double(), average, rtol=1e-5, atol=1e-7)
+
+
+def test_begins_anew_when_the_trainer_does(tmp_path):
+    model, method, watched = tiny_model(lora=True), WeightEMA(decay=0.5), Movement()
+    train_task(model, toy_rows(), [method], tmp_path / "0")
+    callbacks = [watched, OutOfMemory(2)]
+    train_task(model, toy_rows(seed=1), [method], tmp_path / "1", callbacks=callbacks, auto_find_batch_size=True)
+    states = watched.trainings[1]
+    assert len(watched.trainings) == 2 and len(states) > 1 + 4  # of smaller batches
+    for name, value in trainable_state(model).items():
+        average = states[0][name].double()
+        for state in states[1:]:
+            average = 0.5 * average + 0.5 * state[name].double()
         torch.testing.assert_close(value.double(), average, rtol=1e-5, atol=1e-7)
 
 
