@@ -266,7 +266,7 @@ def test_an_adapter_that_does_not_learn_may_be_of_another_kind(config):
 
 @pytest.mark.parametrize(("pair", "ranks"), [("product", [6, 20]), ("mean", [2.5, 4.5]), ("sum", [5, 9])])
 def test_scores_of_rank1_units_and_of_what_learns_beside_them(pair, ranks):
-    """Head and bias have means 7 and 14: the larger one gets the largest score of a rank-1 unit, the other half of it."""
+    """Head and bias have means 7 and 14: the larger gets the largest score of a rank-1 unit, the other half of it."""
     shapes = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (3, 2), "head": (2, 2), "bias": (2,)}
     units = SkillUnits.of_shapes(shapes, "lora_rank1")
     means = {"m.lora_A.weight": torch.tensor([2.0, 4.0]), "m.lora_B.weight": torch.tensor([3.0, 5.0])}
