@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     ls = commands.add_parser("ls", help="list what the package brings")
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
+    ls.add_argument("name", nargs="?", default=None, help="a method, whose options are then explained")
 
     commands.add_parser("env", help="versions and hardware, for bug reports")
 
@@ -218,6 +219,8 @@ def _fuse(args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.name is not None:
+        return _explain(args)
     if args.what == "methods":
         from .methods.base import method_class, method_names
 
@@ -237,6 +240,25 @@ def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
         for name, path in recipe_files().items():
             recipe = load_recipe(path)
             print(f"{name:32} {', '.join(recipe.get('variants') or {}) or 'one run'}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    """The options of one method, with their defaults."""
+    import dataclasses
+    import textwrap
+
+    from .methods.base import method_class
+
+    if args.what != "methods":
+        raise InputError(
+            f"command line: ls {args.what} takes no name; a method's options: hf-continual ls methods NAME"
+        )
+    cls = method_class(args.name)
+    print(f"{cls.name} ({cls.paper}): {(cls.__doc__ or '').strip().splitlines()[0]}")
+    for option in dataclasses.fields(cls.config_class):
+        print(f"  {option.name} = {option.default!r}")
+        print(textwrap.indent(textwrap.fill(option.metadata.get("help", ""), 100), "      "))
     return 0
 
 

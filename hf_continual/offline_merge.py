@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .lora import ADAPTER_WEIGHTS, stored_name
-from .methods.base import ContinualMethod, make_method
+from .methods.base import ContinualMethod, make_method, method_class
 from .methods.weight_ensemble import WeightEnsemble
 from .run_state import disk_full, read_json, write_json
 from .skill_fusion import CASES, SkillFusion, unit_cases
@@ -252,10 +252,21 @@ def _method(name: str, scores: Sequence[Importance], options: dict[str, Any]) ->
     if (name == "weight_ensemble") == bool(scores):
         wants = "takes no --importance" if scores else "needs --importance, the scores of the task"
         raise InputError(f"--method {name} {wants}")
+    known = vars(method_class(name).config_class())
+    for option in options:
+        if option in known and option not in FUSION_OPTIONS:
+            raise InputError(
+                f"--options: {option} acts while a task is learnt and not on the merge of stored weights; leave it out "
+                f"(what can be given: {', '.join(o for o in FUSION_OPTIONS if o in known)})"
+            )
     if scores:
         stored = scores[0].options if scores[0].method == name else {}
         options = {**stored, "units": scores[0].scheme, **options}
     return make_method({"name": name, **options})
+
+
+FUSION_OPTIONS = ("fusion", "temperature", "quantile", "shared", "normalisation", "space", "coefficient")
+"""What a merge of stored weights depends on; all other options act while a task is learnt."""
 
 
 def _unmerged(after: StoredWeights, scores: Sequence[Importance]) -> dict[str, Tensor]:
@@ -263,12 +274,18 @@ def _unmerged(after: StoredWeights, scores: Sequence[Importance]) -> dict[str, T
     if after.task is None:
         return {}
     records = [_json(file) for file in (after.task / "methods").glob("*.json")]
+    own = [r for r in records if scores and r.get("method") == scores[0].method and "scheme_" in (r.get("state") or {})]
+    if own and not torch.equal(scores[0].raw, read_importance(after.task, scores[0].method).raw):
+        raise InputError(
+            f"--importance {scores[0].path}: it is not the importance of the task in --current {after.given}; name "
+            "that task's folder"
+        )
     mergers = [r["method"] for r in records if r.get("method") in MERGERS and _tasks_done(r) > 1]
     if not mergers:
         return {}  # learnt without a merging method, or the first task
     given = scores[0] if scores and scores[0].unmerged and scores[0].method in mergers else None
-    if given is not None and torch.equal(given.raw, read_importance(after.task, given.method).raw):
-        return given.unmerged  # of this task, and not of another one
+    if given is not None:
+        return given.unmerged
     raise InputError(
         f"--current {after.given}: its weights were merged by '{mergers[0]}' already; give the weights from before the "
         "merge, or run with keep_unmerged: true, which stores them with the importance"
@@ -425,4 +442,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     """One line on a merge."""
     shares = summary.get("shares")
     text = ", ".join(f"{case} {100 * share:.0f} %" for case, share in shares.items()) if shares else "one coefficient"
-    return f"{summary['method']}: {summary.get('units', 'all')} units ({text})"
+    options = summary["options"]
+    replays = options.get("replay_ratio") or options.get("replay_count")
+    note = "; the replay phase that follows a merge in a run is not part of this" if replays else ""
+    return f"{summary['method']}: {summary.get('units', 'all')} units ({text}){note}"

@@ -196,6 +196,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         self.unmerged_: dict[str, Tensor] = {}
         self.buffer_: datasets.Dataset | None = None
         self.shares_: dict[str, float] = {}
+        self._replayed = ""
         self._tracker: ImportanceTracker | None = None
         self._current: Any = None
 
@@ -316,6 +317,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         options: dict[str, Any] = {"num_train_epochs": self.config.replay_epochs}
         if self.config.replay_learning_rate is not None:
             options["learning_rate"] = self.config.replay_learning_rate
+        self._replayed = f", then trained on {len(self.buffer_)} kept rows with {int((free == 0).sum())} units frozen"
         keep = {piece.name: piece.view(free) for piece in self._units.pieces}
         return TrainingPhase(f"{self.name}/replay", self.buffer_, options, keep)
 
@@ -325,6 +327,14 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
             self.buffer_ = keep_rows(self.buffer_, self._current, size, self.config.replay_seed + ctx.task.index)
         self._tracker = self._grads = self._current = self._cases = None
         self.tracking_ = {}
+
+    def summary(self) -> str | None:
+        if self.coefficients_ is None:
+            return None
+        shares = ", ".join(f"{case} {100 * share:.0f} %" for case, share in self.shares_.items())
+        low, high = float(self.coefficients_.min()), float(self.coefficients_.max())
+        text = f"merged {len(self.coefficients_)} units ({shares}), c from {low:.2f} to {high:.2f}"
+        return text + self._replayed
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -470,6 +470,9 @@ class TaskQueue:
             ) from error
         if trainer.interrupted:
             raise Interrupted(f"stopped in task '{task.name}' at step {trainer.state.global_step}")
+        for method in methods:
+            if (line := method.summary()) is not None:
+                print(f"{method.name}: {line}", flush=True)
         trained = trainer.accelerator.unwrap_model(trainer.model)
 
         def write(folder: Path) -> None:

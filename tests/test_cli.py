@@ -199,3 +199,12 @@ def test_sigint_exits_130_and_continues(tmp_path, model, monkeypatch, capsys, re
     monkeypatch.undo()
     assert main(["run", str(path)]) == 0
     assert_same(tmp_path / "run", recipe.parent / "run")
+
+
+def test_ls_explains_every_option_of_a_method(capsys):
+    assert main(["ls", "methods", "kif"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  temperature = 0.25" in lines and lines[0].startswith("kif (arxiv:2408.05200): ")
+    assert any("tau of the adaptive fusion" in line for line in lines)
+    assert main(["ls", "methods", "kiff"]) == 2 and "did you mean 'kif'" in capsys.readouterr().err
+    assert main(["ls", "streams", "kif"]) == 2 and "takes no name" in capsys.readouterr().err

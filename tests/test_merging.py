@@ -83,3 +83,20 @@ def test_a_merge_that_changes_the_outputs_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda self, **kwargs: self.unload())
     with pytest.raises(InputError, match="differs from the adapted one"):
         merge_adapters(model)
+
+
+def test_a_bfloat16_model_is_merged_in_float32_and_stays_bfloat16():
+    """Compared in bfloat16 the logits of unusual tokens differ by more than any merge would change them."""
+    model = tiny_model().to(torch.bfloat16)
+    model.model.norm.float()  # a part that is kept in float32
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    weight, delta = layer.base_layer.weight.float(), layer.get_delta_weight("default").float()
+    merged = merge_adapters(model)
+    own = merged.model.layers[0].self_attn.q_proj.weight
+    assert own.dtype == torch.bfloat16 and merged.model.norm.weight.dtype == torch.float32
+    assert torch.equal(own, (weight + delta).to(torch.bfloat16))

@@ -204,7 +204,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys):
     assert "temperature" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[1],
                                     "--options", "{temprature: 1}")  # fmt: skip
     assert "a mapping" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[1], "--options", "1")
-    assert "by 'kif' already" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[0])
+    assert "not the importance of the task" in refused(
+        tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[0]
+    )
+    assert "beta1 acts while" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", run[1],
+                                         "--options", "{beta1: 0.5}")  # fmt: skip
+    swapped = ["--previous", run[1], "--current", run[0], "--importance", run[1]]
+    assert "not the importance of the task" in refused(tmp_path, capsys, "--method", "kif", *swapped)
     assert "first task" in refused(tmp_path, capsys, "--method", "kif", "--previous", run[0] / "adapter",
                                    "--current", run[0] / "adapter", "--importance", run[0])  # fmt: skip
     assert "holds no importance" in refused(tmp_path, capsys, "--method", "kif", *fuse, "--importance", tmp_path)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from toy_runs import FUSION_POINTS, assert_same, make_queue, run_until_killed, save_model, snapshot, write_recipe
 from transformers import TrainerCallback
 
+from hf_continual import TaskQueue
 from hf_continual.cli import main
 from hf_continual.errors import Interrupted
 from hf_continual.run_state import RunDirectory
-from hf_continual.testing import tiny_model
+from hf_continual.testing import tiny_model, toy_queue_options, toy_stream
 
 IDS = torch.tensor([[5, 9, 30, 41, 60, 7]])
 
@@ -221,3 +222,11 @@ def test_refuses_too_few_steps_and_runs_with_more(learnt, tmp_path, refused, mon
     refused(["run", folder / "recipe.yaml", "--tasks", one_step], "task 'b' has 1 optimizer step", "train longer")
     assert snapshot(folder / "run").keys() == before.keys()
     assert json.loads((folder / "run" / "queue.json").read_text())["cursor"] == 1
+
+
+def test_the_run_says_what_was_merged(tmp_path, capsys):
+    options = toy_queue_options(num_train_epochs=1)
+    TaskQueue(tmp_path / "run", tasks=toy_stream(2), methods=[{"name": "kif", "replay_count": 4}], **options).run()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kif: merged ")]
+    assert len(said) == 1 and said[0].startswith("kif: merged 16 units (neither ")
+    assert "then trained on 4 kept rows with" in said[0] and "c from 0." in said[0]

@@ -185,6 +185,10 @@ class ContinualMethod(Generic[ConfigT]):
         """`owns`, plus `merge` where that hook is overridden."""
         return cls.owns | ({"merge"} if cls.merge is not ContinualMethod.merge else set())
 
+    def summary(self) -> str | None:
+        """What happened at the end of the task just learnt, for the queue to print; None for nothing."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """The configuration as plain values."""
         config: Any = self.config
