@@ -9,7 +9,7 @@ update under DeepSpeed. A backend whose engine steps inside `backward` attaches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,9 +112,36 @@ class GradView:
             parameter.grad = torch.empty_like(parameter)
         parameter.grad.copy_(gradient * self.distributed.grad_scale())
 
+    def with_gradient(self) -> list[nn.Parameter]:
+        """The parameters that this step moves; those that took no part in it have no gradient."""
+        return [p for p in self._parameters.values() if p.grad is not None]
+
+    def flat(self) -> Tensor:
+        """A copy of the gradients of `with_gradient` as one float32 vector, with the fp16 loss scale."""
+        parameters = self.with_gradient()
+        return flatten([p.grad for p in parameters], parameters)
+
+    def add_flat_(self, vector: Tensor) -> None:
+        """Add a vector laid out like `flat` to the gradients, in place."""
+        parameters = self.with_gradient()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_add_(gradients, unflatten(vector, parameters))
+
     def freeze_(self, keep: Mapping[str, Tensor]) -> None:
         """Undo this step's movement, momentum and decay wherever `keep` (broadcastable, 0 = frozen) is zero."""
         self._frozen_rows += [(self._parameters[name], mask) for name, mask in keep.items()]
+
+
+def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """All entries as one float32 vector; None is the zeros of the tensor of `like` in its place."""
+    dense = [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]
+    return torch.cat([t.detach().reshape(-1) for t in dense]).float()
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a vector in the shapes of `like`."""
+    pieces = vector.split([t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
 class GradientSeam:

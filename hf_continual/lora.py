@@ -100,6 +100,14 @@ class LoraView:
             raise InputError(f"method '{method}': no LoRA adapter of the model learns; activate one for training")
         return pairs
 
+    def output_factors(self, adapters: Sequence[str]) -> list[str]:
+        """Names of the B of `adapters`; where they are zero the adapters take no part."""
+        names = []
+        for module, layer in self.layers():
+            names += [f"{module}.lora_B.{name}.weight" for name in layer.lora_B if name in adapters]
+            names += [f"{module}.lora_embedding_B.{name}" for name in layer.lora_embedding_B if name in adapters]
+        return names
+
     def activate(self, adapters: Sequence[str], trainable: Sequence[str]) -> None:
         """Make `adapters` take part in the forward, and let only `trainable` learn."""
         model = self.peft_model("lora")

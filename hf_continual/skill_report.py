@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tabulate import tabulate
@@ -23,6 +24,8 @@ PEAKED = 0.5
 """From this share of scores near zero on, min-max colours would show one bright cell, so ranks are drawn instead."""
 OTHER = "other"
 """Row and panel of the units whose names hold no layer number, such as embeddings and heads."""
+
+T = TypeVar("T")
 
 CASE_COLOURS = {"shared": "#7b5ea7", "past": "#2c7fb8", "current": "#f28e4c", "neither": "#dddddd"}
 
@@ -339,14 +342,7 @@ def skill_section(
         out: folder of the report.
         single: whether the report is on one run, which is then shown also if it is not finished, and not on a folder.
     """
-    members: dict[str, list[list[TaskUnits]]] = {}
-    notes = []
-    for label, same in groups(runs).items():
-        for run in same:
-            if run.path in units and (run.finished or single):
-                members.setdefault(label, []).append(units[run.path])
-            elif run.path in units:
-                notes.append(f"- Not finished, not in the means: {run.title} ({run.progress})")
+    members, notes = shown_runs(runs, units, single)
     if not members and not notes:
         return []
     blocks = ["## Skill units"]
@@ -357,13 +353,28 @@ def skill_section(
     return [*blocks, "\n".join(notes)] if notes else blocks
 
 
+def shown_runs(
+    runs: Sequence[RunScores], read: Mapping[Path, T], single: bool
+) -> tuple[dict[str, list[T]], list[str]]:
+    """What was `read` of the runs a report shows, by variant; and a line for each that is left out, being unfinished."""
+    members: dict[str, list[T]] = {}
+    notes = []
+    for label, same in groups(runs).items():
+        for run in same:
+            if run.path in read and (run.finished or single):
+                members.setdefault(label, []).append(read[run.path])
+            elif run.path in read:
+                notes.append(f"- Not finished, not in the means: {run.title} ({run.progress})")
+    return members, notes
+
+
 def _figures(members: Mapping[str, list[list[TaskUnits]]], out: Path, single: bool) -> list[str]:
     # One scale for all figures of a report, so that they can be compared.
     scale = _scale([each for own in members.values() for run in own for each in run])
     blocks = []
     taken: set[str] = set()
     for label, own in members.items():
-        name = "skill_importance.png" if single else _file_name(label, taken)
+        name = "skill_importance.png" if single else file_name("skill_importance", label, taken)
         seeds = f"{label} ({len(own)} seeds)" if len(own) > 1 else label
         importance = layer_importance([each for run in own for each in run], scale)
         plot_skill_importance(importance, out / name, "" if single else seeds)
@@ -386,13 +397,14 @@ def _mean_shares(runs: Sequence[Sequence[TaskUnits]]) -> dict[str, dict[str, flo
     return shares
 
 
-def _file_name(label: str, taken: set[str]) -> str:
+def file_name(stem: str, label: str, taken: set[str]) -> str:
+    """A PNG's name for a variant, other than those `taken`, to which it is added."""
     base = name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", label).strip("-") or "run"
     number = 2
     while name in taken:
         name, number = f"{base}-{number}", number + 1
     taken.add(name)
-    return f"skill_importance-{name}.png"
+    return f"{stem}-{name}.png"
 
 
 _UNITS = {

@@ -5,7 +5,7 @@ No model and no GPU. torch is brought in only where a run has such files, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,16 +89,31 @@ class TaskUnits:
 
 def skill_method(run_dir: str | Path) -> str | None:
     """`tasl` or `kif` if the run trains with it, by the files of its tasks or else by its recipe; otherwise None."""
+    return trained_with(run_dir, METHODS)
+
+
+def trained_with(run_dir: str | Path, methods: Sequence[str]) -> str | None:
+    """The first of `methods` that the run trains with, by the files of its tasks or else by its recipe; else None."""
     run_dir = Path(run_dir)
-    for name in METHODS:
+    for name in methods:
         if any(run_dir.glob(f"tasks/*/methods/{name}.*")):
             return name
     try:
-        methods = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["methods"]
-        names = [method["name"] for method in methods]
+        listed = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["methods"]
+        names = [method["name"] for method in listed]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None  # reports do not need the recipe
-    return next((name for name in METHODS if name in names), None)
+    return next((name for name in methods if name in names), None)
+
+
+def learnt_tasks(run: RunScores) -> Iterator[tuple[int, str, Path]]:
+    """Place, name and folder of the methods' state of each learnt task."""
+    for index, task in enumerate(run.tasks):
+        folder = run.path / "tasks" / f"{index:02d}-{task}"
+        # Behind the cursor every task is learnt; one more may be learnt and not yet scored.
+        if index >= run.cursor and not folder.is_dir():
+            return
+        yield index, task, folder / "methods"
 
 
 def read_skill_units(run_dir: str | Path) -> list[TaskUnits]:
@@ -120,14 +135,9 @@ def read_skill_units(run_dir: str | Path) -> list[TaskUnits]:
 
 def read_run_units(run: RunScores) -> list[TaskUnits]:
     method = skill_method(run.path)
-    units = []
-    for index, task in enumerate(run.tasks):
-        folder = run.path / "tasks" / f"{index:02d}-{task}"
-        # Behind the cursor every task is learnt; one more may be learnt and not yet scored.
-        if method is None or (index >= run.cursor and not folder.is_dir()):
-            break
-        units.append(_read_task(folder / "methods", method, task, index))
-    return units
+    if method is None:
+        return []
+    return [_read_task(folder, method, task, index) for index, task, folder in learnt_tasks(run)]
 
 
 def _read_task(folder: Path, method: str, task: str, index: int) -> TaskUnits:
@@ -150,7 +160,7 @@ def _read_task(folder: Path, method: str, task: str, index: int) -> TaskUnits:
     except (KeyError, TypeError, ValueError):
         right = False
     if not right:
-        raise InputError(f"{path} is no state of method '{method}' after a task, or was edited; restore it")
+        raise foreign_state(path, method)
     vectors = _read_vectors(folder / f"{method}.safetensors", [name for name in _VECTORS if stored[name]], len(keys))
     raw, before = vectors["raw"], vectors.get("before")
     try:
@@ -176,21 +186,32 @@ _VECTORS = ("raw", "before", "cumulative", "coefficients")
 
 
 def _read_vectors(path: Path, names: Iterable[str], units: int) -> dict[str, Tensor]:
-    """The vectors alone: the file may hold the weights before the merge as well."""
-    import torch
+    vectors = read_tensors(path, {name: f"{name}_" for name in names})
+    for name, vector in vectors.items():
+        if list(vector.shape) != [units] or not bool(vector.isfinite().all()):
+            raise InputError(
+                f"{path} was edited: {name}_ is no vector of finite numbers for the {units} units of the .json file "
+                "beside it; restore both"
+            )
+    return vectors
+
+
+def foreign_state(path: Path, method: str) -> InputError:
+    return InputError(f"{path} is no state of method '{method}' after a task, or was edited; restore it")
+
+
+def read_tensors(path: Path, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors at `keys` alone, as float64: the file may hold weights as well.
+
+    Raises:
+        InputError: if the file is missing, cannot be read or lacks one of them.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
         raise InputError(f"{path} is missing; restore it, or start again in another run directory")
     try:
         with safe_open(str(path), framework="pt") as file:
-            vectors = {name: file.get_tensor(f"{name}_") for name in names}
+            return {name: file.get_tensor(key).double() for name, key in keys.items()}
     except Exception as error:  # safetensors raises its own, which is no public class in every version
         raise InputError(f"{path} is truncated or was edited ({error}); restore it from a backup") from error
-    for name, vector in vectors.items():
-        if list(vector.shape) != [units] or not bool(torch.isfinite(vector).all()):
-            raise InputError(
-                f"{path} was edited: {name}_ is no vector of finite numbers for the {units} units of the .json file "
-                "beside it; restore both"
-            )
-    return {name: vector.double() for name, vector in vectors.items()}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from .distributed import Distributed, GradientSeam, GradView
 from .errors import InputError
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
+from .replay import InterleavedDataset
 from .tasks import Task
 
 STATE_FOLDER = "continual"
@@ -124,7 +126,7 @@ class ContinualMixin(_Parent):
             self._load_methods(Path(checkpoint))  # how many tasks are done, before the task begins
         ctx = self.ctx = self._make_context()
         self.methods.check(ctx)
-        original = self.train_dataset
+        original, collator = self.train_dataset, self.data_collator
         model_init: Any = self.model_init
         self.model_init: Any = None  # the parent would begin every task with a new model
         if self.optimizer is not None and self.optimizer is self._made_optimizer:
@@ -140,6 +142,9 @@ class ContinualMixin(_Parent):
             ]
             previous = trainable_state(ctx.model) if self.methods.merges else {}
             self.train_dataset = self.methods.train_dataset(ctx, original)
+            self.data_collator = self.methods.data_collator(ctx, collator)
+            if isinstance(self.train_dataset, InterleavedDataset):
+                self.data_collator = self.train_dataset.collator(self.data_collator)
             self._seam = GradientSeam(ctx.model, self.dist, lambda grads: self.methods.gradient_hooks(ctx, grads))
             with self.methods.task_context(ctx):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -148,7 +153,7 @@ class ContinualMixin(_Parent):
             if self._seam is not None:
                 self._seam.detach()
             self._seam = None
-            self.train_dataset, self.model_init = original, model_init
+            self.train_dataset, self.data_collator, self.model_init = original, collator, model_init
             if makes_optimizer:
                 self._made_optimizer = self.optimizer
         if not self.interrupted:
@@ -225,8 +230,27 @@ class ContinualMixin(_Parent):
         adapter_seed = None if self.seeds_per_task else self.args.seed + task.index
         lora = LoraView(model, adapter_seed)
         return MethodContext(
-            model, task, self.dist, lora, self.state, self.args.seed, self._log_value, self.train_dataset
+            model,
+            task,
+            self.dist,
+            lora,
+            self.state,
+            self.args.seed,
+            self._log_value,
+            self.train_dataset,
+            tokenizer=self.processing_class,
+            folder=Path(str(self.args.output_dir)) / STATE_FOLDER,
+            make_batch=partial(self._make_batch, self.data_collator),
+            autocast=self.accelerator.autocast,
         )
+
+    def _make_batch(self, own: Any, rows: Sequence[Mapping[str, Any]], collator: Any = None) -> dict[str, Any]:
+        """The batch that the Trainer would make of these rows, on its device."""
+        self._set_signature_columns_if_needed()
+        known = set(self._signature_columns or ())
+        if self.args.remove_unused_columns:
+            rows = [{name: value for name, value in row.items() if name in known} for row in rows]
+        return dict(self._prepare_inputs((collator or own)([dict(row) for row in rows])))
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -244,8 +268,13 @@ class ContinualMixin(_Parent):
         ctx = self.ctx
         assert ctx is not None
         batch = {**inputs, **own}
+        # Before the contexts open, which must not see the forward of a teacher.
+        given = {**inputs, **self.methods.forward_kwargs(ctx, batch)}
         with self.methods.forward_context(ctx, batch):  # closed before backward, which may run the forward again
-            loss, outputs = self._loss_and_outputs(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = self._loss_and_outputs(model, given, return_outputs, num_items_in_batch)
+        weight = self.methods.task_loss_weight(ctx, batch)
+        if weight != 1.0:
+            loss = loss * weight
         extra = self.methods.extra_loss(ctx, batch, outputs)
         if extra:
             for name, value in extra.items():
@@ -350,6 +379,17 @@ class ContinualMixin(_Parent):
             )
 
     # -- data --------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, InterleavedDataset):
+            return dataset.sampler(
+                batch_size=self._train_batch_size,
+                processes=self.args.world_size,
+                seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+                shuffle=self.args.train_sampling_strategy != "sequential",
+            )
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

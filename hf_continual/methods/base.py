@@ -4,13 +4,13 @@ The order of one optimizer step (all phases are global; within a phase, list ord
 adapters begins a task before the others):
 
     for each micro-batch:
-        own columns popped -> forward_context opens -> forward, task loss -> closes
-        loss += like_task_loss(extra_loss)  -> backward
+        own columns popped -> forward_context opens -> forward with forward_kwargs, task loss -> closes
+        loss = task_loss_weight * loss + like_task_loss(extra_loss)  -> backward
     seam: every on_gradients (read), then every edit_gradients (write)  -> clip -> optimizer step -> on_step_end
 
 and of one task:
 
-    on_task_begin -> train_dataset -> task_context around the training -> merge -> training_phase -> on_task_end
+    on_task_begin -> train_dataset -> data_collator -> task_context around the training -> merge -> training_phase -> on_task_end
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import datasets
 import torch
@@ -39,6 +40,10 @@ from ..tasks import Task
 ConfigT = TypeVar("ConfigT")
 
 
+def _no_batches(rows: Sequence[Mapping[str, Any]], collator: Any = None) -> dict[str, Any]:
+    raise RuntimeError("this context belongs to no Trainer and makes no batches")
+
+
 @dataclass(frozen=True)
 class MethodContext:
     """Everything a method may see.
@@ -52,6 +57,11 @@ class MethodContext:
         seed: the seed of this task's training.
         log: `log(name, scalar tensor)` adds a value to the next training log, averaged since the last one.
         rows: the task's training rows as the Trainer got them, before any method's `train_dataset`.
+        tokenizer: the Trainer's processing class, if it has one.
+        folder: where a method may write what is too large for memory while the task is learnt; None outside training.
+        make_batch: `make_batch(rows)` is the batch that the Trainer would make of these rows, on the model's device;
+            `make_batch(rows, collator)` with another collator than its own.
+        autocast: `with ctx.autocast():` computes in the precision of the training.
     """
 
     model: nn.Module
@@ -62,6 +72,21 @@ class MethodContext:
     seed: int
     log: Callable[[str, Tensor], None]
     rows: Any = None
+    tokenizer: Any = None
+    folder: Path | None = None
+    make_batch: Callable[..., dict[str, Any]] = field(default=_no_batches)
+    autocast: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+
+
+@runtime_checkable
+class StoredState(Protocol):
+    """State of a method that reads and writes itself, such as a replay buffer."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything to `folder`, which does not exist yet."""
+
+    def load(self, folder: Path) -> None:
+        """Become what was written there; InputError if it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +118,8 @@ class EmptyConfig:
 class ContinualMethod(Generic[ConfigT]):
     """Base class of all methods. Override only the hooks you need; call no `super()`.
 
-    Attributes that end in `_` (tensors, dicts of tensors, `datasets.Dataset`, JSON values) are the method's state: they
-    are saved with every checkpoint and every task. Names that begin with `_` are scratch. `__init__` stores the config.
+    Attributes that end in `_` (tensors, dicts of tensors, `datasets.Dataset`, [`StoredState`], JSON values) are the
+    method's state: they are saved with every checkpoint and every task. Names that begin with `_` are scratch. `__init__` stores the config.
     """
 
     name: ClassVar[str] = ""
@@ -110,6 +135,8 @@ class ContinualMethod(Generic[ConfigT]):
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
     needs_lora: bool = False
     """Whether it works on LoRA adapters alone; a method whose options decide sets it in its constructor."""
+    counts_micro_batches: bool = False
+    """Whether it treats whole micro-batches differently, so that four of two rows are not one of eight."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Options under which training must equal a plain Trainer bit for bit; `check_method` tries them."""
 
@@ -125,7 +152,7 @@ class ContinualMethod(Generic[ConfigT]):
                 or hasattr(ContinualMethod, attribute)
             ):
                 continue
-            if attribute.startswith(("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_")):
+            if attribute.startswith(("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_", "data_")):
                 raise TypeError(f"{cls.__name__}.{attribute} is not a hook{did_you_mean(attribute, HOOKS)}")
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
@@ -143,6 +170,10 @@ class ContinualMethod(Generic[ConfigT]):
         """Return the dataset to train on; replay mixes here."""
         return dataset
 
+    def data_collator(self, ctx: MethodContext, collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """Return the collator of the training batches; what it adds to a batch is named in `batch_columns`."""
+        return collator
+
     def task_context(self, ctx: MethodContext) -> AbstractContextManager[Any]:
         """Open around the whole training of a task; taps are placed here and always removed."""
         return nullcontext()
@@ -150,6 +181,14 @@ class ContinualMethod(Generic[ConfigT]):
     def forward_context(self, ctx: MethodContext, batch: Mapping[str, Any]) -> AbstractContextManager[Any]:
         """Open around the forward and the task loss of one micro-batch, and closed before its backward."""
         return nullcontext()
+
+    def forward_kwargs(self, ctx: MethodContext, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Further keyword arguments of the model in the forward of one micro-batch."""
+        return {}
+
+    def task_loss_weight(self, ctx: MethodContext, batch: Mapping[str, Any]) -> float:
+        """The factor of this micro-batch's task loss; the weights of several methods are multiplied."""
+        return 1.0
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
         """Named scalar losses added to the task loss, such as `{"olora/orthogonal": tensor}`."""
@@ -211,6 +250,9 @@ class ContinualMethod(Generic[ConfigT]):
             elif isinstance(value, datasets.Dataset):
                 value.save_to_disk(str(folder / f"{self.name}-{attribute}"))
                 values[attribute] = {"kind": "dataset"}
+            elif isinstance(value, StoredState):
+                value.save(folder / f"{self.name}-{attribute}")
+                values[attribute] = {"kind": "stored"}
             else:
                 values[attribute] = {"kind": "value", "value": value}
         if tensors:
@@ -235,12 +277,17 @@ class ContinualMethod(Generic[ConfigT]):
                     value: Any = tensors[attribute]
                 elif spec["kind"] == "tensors":
                     value = {key: tensors[f"{attribute}/{key}"] for key in spec["keys"]}
+                elif spec["kind"] == "stored":
+                    getattr(self, attribute).load(folder / f"{self.name}-{attribute}")
+                    continue
                 elif spec["kind"] == "dataset":
                     # Read into memory, so that the folder may be moved or deleted while the dataset is in use.
                     value = datasets.load_from_disk(str(folder / f"{self.name}-{attribute}"), keep_in_memory=True)
                 else:
                     value = spec["value"]
                 setattr(self, attribute, value)
+        except InputError as error:
+            raise InputError(f"state of method '{self.name}': {error}") from error
         except FileNotFoundError as error:
             raise InputError(f"state of method '{self.name}': {error.filename or path} is missing") from error
         except Exception as error:
@@ -252,8 +299,11 @@ class ContinualMethod(Generic[ConfigT]):
 HOOKS: tuple[str, ...] = (
     "on_task_begin",
     "train_dataset",
+    "data_collator",
     "task_context",
     "forward_context",
+    "forward_kwargs",
+    "task_loss_weight",
     "extra_loss",
     "on_gradients",
     "edit_gradients",
@@ -403,6 +453,11 @@ class MethodList(Sequence[ContinualMethod[Any]]):
             dataset = method.train_dataset(ctx, dataset)
         return dataset
 
+    def data_collator(self, ctx: MethodContext, collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        for method in self.methods:
+            collator = method.data_collator(ctx, collator)
+        return collator
+
     def task_context(self, ctx: MethodContext) -> AbstractContextManager[Any]:
         return self._stack(lambda method: method.task_context(ctx))
 
@@ -414,6 +469,15 @@ class MethodList(Sequence[ContinualMethod[Any]]):
             for method in self.methods:
                 stack.enter_context(make(method))
             return stack.pop_all()
+
+    def forward_kwargs(self, ctx: MethodContext, batch: Mapping[str, Any]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        for method in self.methods:
+            given |= method.forward_kwargs(ctx, batch)
+        return given
+
+    def task_loss_weight(self, ctx: MethodContext, batch: Mapping[str, Any]) -> float:
+        return math.prod(method.task_loss_weight(ctx, batch) for method in self.methods)
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}

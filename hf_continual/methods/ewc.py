@@ -1,0 +1,234 @@
+r"""EWC: pull every weight towards where earlier tasks left it, the harder the more they pin it down.
+
+    L = L_task + \lambda / 2 \sum_{k<t} \sum_i F_{k,i} (\theta_i - \theta*_{k,i})^2
+    F_{k,i} = mean over the rows of task k of (\partial L_row / \partial \theta_i)^2 at \theta*_k    per_sample, sampled
+    S = \sum_k F_k,   m = \sum_k F_k \theta*_k / S:   \sum_k F_k (\theta - \theta*_k)^2 = S (\theta - m)^2 + constant
+    online:  S <- d S + F_k,   m = \theta*_k of the latest task,   constant = 0
+
+Source: Kirkpatrick et al., arXiv:1612.00796, Eq. 3 (a sum over tasks, kept here in two buffers for any number of them);
+online: Schwarz et al., arXiv:1805.06370. TRACE's code (BeyonderXX/TRACE, model/Regular/EWC.py) gathers F from the
+training batches as they pass: squares of micro-batches' mean gradients, at weights still far from \theta*, of the loss
+with the penalty in it, each epoch once more; the Fisher information of the task being learnt is in the penalty already;
+and of several tasks only the last \theta* is kept. `fisher: trace` with `online_decay: 1` is that without two of them:
+a task's own F joins at its end, and the penalty's gradient, known in closed form, is taken out before squaring. What is
+squared are gradients of optimizer steps, not of micro-batches.
+
+L_row is the model's own loss of one row: for language models, the mean over its labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..distillation import evaluating
+from ..distributed import GradView, flatten, unflatten
+from ..errors import InputError
+from ..importance import check_share
+from ..lora import trainable_parameters
+from ..replay import check_rows
+from .base import ContinualMethod, MethodContext
+from .lwf import label_positions, logits_at_labels, shifts_labels
+
+FISHERS = ("per_sample", "sampled", "trace")
+
+
+@dataclass
+class EWCConfig:
+    ewc_lambda: float = field(
+        default=400.0, metadata={"help": "lambda, the weight of the penalty (TRACE: 400; it too halves it)."}
+    )
+    fisher: Literal["per_sample", "sampled", "trace"] = field(
+        default="per_sample",
+        metadata={
+            "help": "per_sample: squared gradient of each row's loss, after the task. sampled: the same with labels "
+            "drawn from the model (the true Fisher information, given the words before each label). trace: squared "
+            "gradients of the training steps as they pass, times epochs (TRACE); no further pass over the data."
+        },
+    )
+    fisher_rows: int | None = field(
+        default=None, metadata={"help": "Rows of a task to take, drawn at random; default: all. Not for trace."}
+    )
+    online_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "d in [0, 1]: keep only the latest weights as the centre (online EWC). Default: every task's."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        value = self.ewc_lambda
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise InputError(f"ewc_lambda={value!r} must be a number of at least 0")
+        if self.fisher not in FISHERS:
+            raise InputError(f"fisher={self.fisher!r} is unknown; choose {', '.join(FISHERS)}")
+        rows = self.fisher_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise InputError(f"fisher_rows={rows!r} must be a whole number, at least 1")
+        if rows is not None and self.fisher == "trace":
+            raise InputError(
+                f"fisher_rows={rows!r} has no meaning with fisher='trace', which takes every batch; drop it"
+            )
+        if self.online_decay is not None:
+            check_share("online_decay", self.online_decay)
+
+
+def quadratic(weights: Sequence[Tensor], precision: Sequence[Tensor], centre: Sequence[Tensor]) -> Tensor:
+    """sum_i S_i (theta_i - m_i)^2 over all tensors of the lists; differentiable in the weights."""
+    shift = torch._foreach_sub(list(weights), list(centre))
+    terms = torch._foreach_mul(torch._foreach_mul(shift, shift), list(precision))
+    return torch.stack(torch._foreach_norm(terms, 1)).sum()  # no term is negative: its 1-norm is its sum
+
+
+def combine(precision: Tensor, centre: Tensor, fisher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(S', m', c) with S (x - m)^2 + F (x - theta*)^2 = S' (x - m')^2 + c for every x; c is summed over entries."""
+    total = precision + fisher
+    share = fisher / total.clamp_min(torch.finfo(total.dtype).tiny)
+    shift = weights - centre
+    return total, centre + share * shift, (precision.double() * share.double() * shift.double().square()).sum()
+
+
+class EWC(ContinualMethod[EWCConfig]):
+    """Elastic weight consolidation. Logs the penalty as `ewc/penalty`, the constant included.
+
+    State: two float32 copies of the trainable weights (three with `fisher: trace`), by parameter. A parameter that
+    learns for the first time, such as that of a new adapter, has no penalty.
+    """
+
+    config_class = EWCConfig
+    supports = frozenset({"single", "ddp"})
+    paper = "arxiv:1612.00796"
+    neutral = {"ewc_lambda": 0.0}
+
+    def __init__(self, config: EWCConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.precision_: dict[str, Tensor] = {}
+        self.centre_: dict[str, Tensor] = {}
+        self.constant_: dict[str, float] = {}
+        self.running_: dict[str, Tensor] = {}
+        self.steps_: Tensor | None = None
+        self._terms: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+        self._constant = 0.0
+
+    def on_task_begin(self, ctx: MethodContext) -> None:
+        self.running_, self.steps_ = {}, None
+        self._terms = {}
+        if not self.config.ewc_lambda:
+            return
+        if self.config.fisher != "trace":
+            check_rows(ctx.rows, self.name, ctx.task.name)
+        # By the parameter's own name: that under which PEFT stores it is the same for every adapter of a layer.
+        for name, p in trainable_parameters(ctx.model).items():
+            if name in self.precision_:
+                for state in (self.precision_, self.centre_):
+                    state[name] = state[name].to(p.device)
+                self._terms[name] = (p, self.precision_[name], self.centre_[name])
+        self._constant = sum(self.constant_.get(name, 0.0) for name in self._terms)
+
+    def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        if not self._terms:
+            return {}
+        weights, precision, centre = zip(*self._terms.values(), strict=True)
+        penalty = quadratic(weights, precision, centre) + self._constant
+        return {"ewc/penalty": self.config.ewc_lambda / 2 * penalty}
+
+    # -- Fisher information ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        if self.config.fisher != "trace" or not self.config.ewc_lambda:
+            return
+        named = trainable_parameters(ctx.model)
+        if ctx.state.global_step == 0:
+            self.running_ = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+            self.steps_ = None
+        present = [n for n in self.running_ if named[n].grad is not None]
+        weights, gradients = grads.lists(present)
+        if self.running_[present[0]].device != weights[0].device:  # read from a checkpoint
+            self.running_ = {n: r.to(named[n].device) for n, r in self.running_.items()}
+        scale = ctx.dist.grad_scale()
+        squares = dict(zip(present, [g.float() / scale for g in gradients if g is not None], strict=True))
+        pulled = [n for n in present if n in self._terms]
+        if pulled:
+            weights, precision, centre = map(list, zip(*[self._terms[n] for n in pulled], strict=True))
+            pull = torch._foreach_sub(weights, centre)
+            torch._foreach_mul_(pull, precision)
+            torch._foreach_sub_([squares[n] for n in pulled], pull, alpha=self.config.ewc_lambda)
+        task = list(squares.values())
+        # A step with a NaN or infinite gradient, such as one that fp16 skips, does not count.
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(task))).all()
+        task = [torch.where(finite, g, 0.0) for g in task]
+        torch._foreach_addcmul_([self.running_[n] for n in present], task, task)
+        self.steps_ = finite.float() if self.steps_ is None else self.steps_.to(finite.device) + finite
+
+    def on_task_end(self, ctx: MethodContext) -> None:
+        self._terms = {}
+        if not self.config.ewc_lambda:
+            return
+        named = trainable_parameters(ctx.model)
+        fisher = self._of_steps(ctx) if self.config.fisher == "trace" else self._of_rows(ctx, named)
+        for name, p in named.items():
+            self._add(name, fisher[name], p.detach().float())
+        self.running_, self.steps_ = {}, None
+
+    def _add(self, name: str, fisher: Tensor, weights: Tensor) -> None:
+        old, decay = self.precision_.get(name), self.config.online_decay
+        if old is None:
+            self.precision_[name], self.centre_[name], self.constant_[name] = fisher, weights.clone(), 0.0
+        elif decay is not None:
+            self.precision_[name], self.centre_[name] = decay * old.to(fisher.device) + fisher, weights.clone()
+        else:
+            centre = self.centre_[name].to(fisher.device)
+            total, centre, constant = combine(old.to(fisher.device), centre, fisher, weights)
+            self.precision_[name], self.centre_[name] = total, centre
+            self.constant_[name] += float(constant)
+
+    def _of_steps(self, ctx: MethodContext) -> dict[str, Tensor]:
+        """The sum over steps divided by the steps of one epoch."""
+        assert self.steps_ is not None
+        factor = float(ctx.state.epoch or 1.0) / self.steps_.clamp_min(1)
+        return {name: total * factor for name, total in self.running_.items()}
+
+    def _of_rows(self, ctx: MethodContext, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The mean of squared gradients over rows, which are split over the ranks."""
+        count, parameters = len(ctx.rows), list(named.values())
+        chosen = list(range(count))
+        if self.config.fisher_rows is not None and self.config.fisher_rows < count:
+            generator = torch.Generator().manual_seed(ctx.seed + ctx.task.index)
+            chosen = sorted(torch.randperm(count, generator=generator)[: self.config.fisher_rows].tolist())
+        total = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        with evaluating(ctx.model):
+            for row in chosen[ctx.dist.rank :: ctx.dist.world_size]:
+                gradients = torch.autograd.grad(self._row_loss(ctx, row), parameters, allow_unused=True)
+                flat = flatten(gradients, parameters)
+                total.addcmul_(flat, flat)
+        return dict(zip(named, unflatten(ctx.dist.sum_(total) / len(chosen), parameters), strict=True))
+
+    def _row_loss(self, ctx: MethodContext, row: int) -> Tensor:
+        batch = ctx.make_batch([ctx.rows[row]])
+        # Without the fp16 loss scale small gradients would vanish in half precision.
+        with ctx.autocast() if ctx.dist.grad_scale() == 1.0 else nullcontext():
+            outputs = ctx.model(**batch)
+        if self.config.fisher == "per_sample":
+            loss = outputs.loss
+            if loss is None:
+                raise InputError("method 'ewc': the model gives no loss for a row; give every row `labels`")
+            return loss
+        positions = label_positions(batch["labels"], shifts_labels(ctx.model))
+        logits = logits_at_labels(outputs.logits, positions, batch["labels"], self.name).flatten(0, 1).float()
+        generator = torch.Generator().manual_seed(ctx.seed + 1_000_003 * (ctx.task.index + 1) + row)
+        drawn = draw(logits.detach(), generator)
+        return F.cross_entropy(logits, drawn)
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One outcome of each row's softmax, from a generator on the CPU wherever the logits are; [n, classes] -> [n]."""
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    below = logits.double().softmax(-1).cumsum(-1) <= uniform
+    return below.sum(-1).clamp_max(logits.shape[-1] - 1)

@@ -1,0 +1,466 @@
+r"""SEEKR: replay a few rows of earlier tasks, and keep what the heads that matter attended to on them.
+
+    L_new = L_task(new)                     L_rep = (1 - w) L_task(stored) + w L_ld + \lambda L_ad
+
+    L_ld = mean over label positions of KL(p_k || p)                                   p_k: the teacher after task k
+    L_ad = mean over layers, heads h in H_k and query rows t of KL(A_k[h, t, :] || A[h, t, :])
+
+    S_h = mean over rows of task k of mean((dL/dA_h)^2),   S~_h = S_h / \sum_{h' in layer} S_h'      task sensitivity
+    F_h = mean over rows of task k of mean((A_h after task k - A_h before it)^2)                     forgettability
+    I_h = \sum_k S~_h F_h     (paper: \sum_k S~_h times \sum_k F_h)
+    H_k = the `heads` heads with the largest I_h, of the `layers` layers with the largest sum of I_h
+
+With g_h the gradient of head h's output and V_h its values, dL/dA_h = g_h V_h^T, so mean((dL/dA_h)^2) =
+<g_h^T g_h, V_h^T V_h> / S^2: no map is built.
+
+Source: He et al., "SEEKR: Selective Attention-Guided Knowledge Retention for Continual Learning of Large Language Models",
+arXiv:2411.06171, Eq. 6-13 and Alg. 1, and its code at github.com/jinghan1he/SEEKR. METHODS.md lists where they disagree.
+Deviation: L_ld stands at the positions that predict a label; the code takes those of the labels themselves, one too far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import (
+    KWARG,
+    AttentionTap,
+    Capture,
+    Change,
+    Distil,
+    LayerTarget,
+    Sensitivity,
+    attention_kl,
+    head_sensitivity,
+    select_heads,
+)
+from ..collators import TeacherBatch
+from ..distillation import (
+    OWN_COLUMNS,
+    ReplayDistillation,
+    ReplayDistillationConfig,
+    RowLayout,
+    check_choice,
+    check_weight,
+    evaluating,
+    logit_kl,
+    logits_at,
+    query_rows,
+    row_layout,
+    take_rows,
+    teacher_forward,
+    trainable_copy,
+    without_labels,
+)
+from ..errors import InputError
+from ..signals import AttentionSignal
+from .base import MethodContext
+
+__all__ = ["SEEKR", "SEEKRConfig", "attention_kl", "head_sensitivity", "select_heads"]
+
+LAYERS, HEADS = 24, 128
+
+
+@dataclass
+class SEEKRConfig(ReplayDistillationConfig):
+    logit_weight: float = field(
+        default=0.5, metadata={"help": "w: weight of L_ld; the task loss on stored rows has 1 - w (the code: 0.5)."}
+    )
+    attention_weight: float = field(
+        default=1e3, metadata={"help": "lambda of L_ad (the code: 1e3; the paper: 1e2 where 10 % are replayed)."}
+    )
+    attention: Literal["weights", "outputs"] = field(
+        default="weights",
+        metadata={
+            "help": "What heads must keep: their attention weights (the paper), or their outputs, as a relative squared "
+            "error: far smaller to store, and exact with kernels that never build the weights."
+        },
+    )
+    layers: int | None = field(
+        default=None, metadata={"help": "Layer budget; default: 24 (the code), or all of a smaller model."}
+    )
+    heads: int | None = field(
+        default=None, metadata={"help": "Head budget; default: 128 (the code), or all of those layers if fewer."}
+    )
+    query_rows: int = field(default=100, metadata={"help": "Random query rows of each stored row; 0: all (100)."})
+    head_choice: Literal["importance", "sensitivity", "forgettability", "random"] = field(
+        default="importance", metadata={"help": "I, or one of its factors alone, or random (the paper's ablation)."}
+    )
+    importance: Literal["sum_of_products", "product_of_sums"] = field(
+        default="sum_of_products", metadata={"help": "I over the tasks: as the code, or as the paper."}
+    )
+    head_plan: Literal["per_task", "global"] = field(
+        default="per_task",
+        metadata={
+            "help": "per_task: heads are chosen once, when a task ends (the code). global: for all stored rows by the "
+            "newest I (the paper's Alg. 1); needs an online teacher."
+        },
+    )
+    masked_scores: bool = field(
+        default=False,
+        metadata={"help": "Leave positions that cannot be attended out of S; the code counts them (19-32 % of it)."},
+    )
+    normalise_scores: bool = field(
+        default=False,
+        metadata={"help": "Divide F of each task by its sum, so that tasks with short rows do not outweigh others."},
+    )
+    kl_reduction: Literal["mean_rows", "sum"] = field(
+        default="mean_rows", metadata={"help": "L_ad as a mean (the code), or summed over layers, heads and rows (Eq. 12)."}
+    )
+    kl_epsilon: float = field(
+        default=0.0, metadata={"help": "Added to the student's weights before the logarithm; the code: 1e-8."}
+    )
+    logit_shift: Literal["correct", "reference"] = field(
+        default="correct", metadata={"help": "reference: L_ld one position too far, as the code."}
+    )
+    attention_store: Literal["maps", "qk"] = field(
+        default="maps",
+        metadata={"help": "Store rows of the maps, or queries and keys: smaller where query_rows is 0 and rows are long."},
+    )
+    recompute: bool = field(
+        default=False, metadata={"help": "Compute L_ad again in backward and keep none of its maps: less memory."}
+    )
+    track_drift: bool = field(
+        default=True, metadata={"help": "After each task, measure L_ad on the rows of earlier ones (cached teacher)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("logit_weight", self.logit_weight, most=1)
+        check_weight("attention_weight", self.attention_weight)
+        check_weight("kl_epsilon", self.kl_epsilon)
+        check_choice("attention", self.attention, ("weights", "outputs"))
+        check_choice("head_choice", self.head_choice, ("importance", "sensitivity", "forgettability", "random"))
+        check_choice("importance", self.importance, ("sum_of_products", "product_of_sums"))
+        check_choice("head_plan", self.head_plan, ("per_task", "global"))
+        check_choice("kl_reduction", self.kl_reduction, ("mean_rows", "sum"))
+        check_choice("logit_shift", self.logit_shift, ("correct", "reference"))
+        check_choice("attention_store", self.attention_store, ("maps", "qk"))
+        for option in ("layers", "heads", "query_rows"):
+            value, least = getattr(self, option), 0 if option == "query_rows" else 1
+            if value is None and least:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{option}={value!r} must be a whole number, at least {least}")
+        for option in ("masked_scores", "normalise_scores", "recompute", "track_drift"):
+            if not isinstance(getattr(self, option), bool):
+                raise InputError(f"{option}={getattr(self, option)!r} must be true or false")
+        if self.head_plan == "global" and self.teacher == "cached":
+            raise InputError(
+                "head_plan='global' needs the maps of heads that were not stored; use teacher='previous' or 'tasks'"
+            )
+        if self.attention_store == "qk" and (self.attention == "outputs" or self.teacher != "cached"):
+            raise InputError("attention_store='qk' is for attention='weights' with teacher='cached'; leave it out")
+
+
+def combined_importance(sums: Mapping[str, Tensor], rule: str) -> Tensor:
+    """I from sums over tasks, each [modules, heads]: of S~ F (`product`), or of S~ times of F (Eq. 10)."""
+    return sums["product"] if rule == "sum_of_products" else sums["sensitivity"] * sums["change"]
+
+
+@contextmanager
+def embeddings_with_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the outputs of all embeddings of a forward, with gradients even where the embedding is frozen.
+
+    Gradients with respect to them pass every attention output and touch no parameter's `.grad`.
+    """
+    outputs: list[Tensor] = []
+
+    def collect(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        outputs.append(output if output.requires_grad else output.requires_grad_())
+        return outputs[-1]
+
+    handles = [m.register_forward_hook(collect) for m in model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SEEKR(ReplayDistillation[SEEKRConfig]):
+    """Selective attention-guided knowledge retention. Logs `seekr/logits` and `seekr/attention`, weights included.
+
+    State, beside the buffer: `modules_` (attention modules, in order), `sensitivity_` (S~), `forgettability_` (F) of the
+    last task and `importance_` (I), each [modules, heads]; their sums over tasks; `plans_` (heads by task and module);
+    `drift_` (after which task, of which task: L_ad on its stored rows).
+    """
+
+    config_class = SEEKRConfig
+    paper = "arxiv:2411.06171"
+
+    def __init__(self, config: SEEKRConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.stored_loss_weight = 1 - self.config.logit_weight
+        self.shift_logits = self.config.logit_shift == "correct"
+        self.modules_: list[str] = []
+        self.sensitivity_: Tensor | None = None
+        self.forgettability_: Tensor | None = None
+        self.importance_: Tensor | None = None
+        self.sums_: dict[str, Tensor] = {}
+        self.plans_: dict[str, dict[str, list[int]]] = {}
+        self.drift_: dict[str, dict[str, float]] = {}
+        self._request: Any = None
+        self._said = ""
+
+    @property
+    def _attends(self) -> bool:
+        return bool(self.config.attention_weight) or self.config.track_drift
+
+    def default_replay_weight(self, new: int, stored: int) -> float:
+        """As often as stored micro-batches come between new ones where they alternate."""
+        return min(1.0, stored / max(1, new))
+
+    # -- the plan ----------------------------------------------------------------------------------------------------
+
+    def on_task_begin(self, ctx: MethodContext) -> None:
+        super().on_task_begin(ctx)
+        if not self._attends:
+            return
+        with AttentionTap(ctx.model, self.name) as tap:
+            modules, heads, self._sides = tap.names, tap.num_heads, tap.sides
+        if self.modules_ and self.modules_ != modules:
+            first = next(iter(set(self.modules_) ^ set(modules)), "another order")
+            raise InputError(
+                f"method '{self.name}': the attention modules differ from those of the task before ('{first}'); go on "
+                "with the model it was started with"
+            )
+        self._modules, self._num_heads = modules, heads
+        layers = self.config.layers or min(LAYERS, len(modules))
+        self._layers, self._heads = layers, self.config.heads or min(HEADS, layers * heads)
+        try:
+            select_heads(torch.zeros(len(modules), heads), layers, self._heads)
+        except InputError as error:
+            raise InputError(f"method '{self.name}': {error}") from error
+
+    def _plan_of(self, task: int) -> dict[str, list[int]]:
+        tasks = sorted(self.plans_)
+        return self.plans_[tasks[-1] if self.config.head_plan == "global" else f"{task:03d}"]
+
+    def planned_attention(self, row_id: str, task: int, layout: RowLayout) -> dict[str, AttentionSignal]:
+        if not self.config.attention_weight:
+            return {}
+        kind = self.config.attention
+        return {
+            name: AttentionSignal(kind, self._sides[name], torch.tensor(heads), self._query_rows(name, row_id, layout))
+            for name, heads in self._plan_of(task).items()
+        }
+
+    def _query_rows(self, module: str, row_id: str, layout: RowLayout) -> Tensor:
+        side = self._sides[module][0]
+        rows = query_rows(layout.lengths[side], self.config.query_rows, self.config.seed, f"{row_id} {side}")
+        return torch.tensor(rows, dtype=torch.int32)
+
+    def _target(self, module: str, heads: Sequence[int], row_id: str, layout: RowLayout) -> LayerTarget:
+        """The heads and query rows of a batch of one stored row."""
+        rows = self._query_rows(module, row_id, layout).long() + layout.starts[self._sides[module][0]]
+        chosen = torch.tensor([list(heads)])
+        target = LayerTarget(
+            None, chosen, torch.ones_like(chosen, dtype=torch.bool), rows[None], torch.ones(1, len(rows), dtype=torch.bool)
+        )
+        return target.to(self._device)
+
+    # -- a task ------------------------------------------------------------------------------------------------------
+
+    def _weights_before(self, ctx: MethodContext) -> dict[str, Tensor]:
+        self._device = next(ctx.model.parameters()).device
+        before = super()._weights_before(ctx)
+        if not before and self._needs_change and ctx.lora.is_peft:
+            before = trainable_copy(ctx.model)
+        self._maps_before: Any = None
+        if not before and self._needs_change:
+            self._maps_before = self._capture_before(ctx)
+        return before
+
+    @property
+    def _needs_change(self) -> bool:
+        return self._attends and self.config.head_choice in ("importance", "forgettability")
+
+    def _own_rows(self, ctx: MethodContext) -> Iterator[tuple[str, dict[str, Any], RowLayout]]:
+        """Id, batch and layout of each chosen row of this task, one at a time."""
+        for row_id, index in zip(self.row_ids(ctx.task.index), self._chosen, strict=True):
+            batch = ctx.make_batch([dict(self._rows[index])])
+            yield row_id, batch, row_layout(ctx.model, batch, self.shift_logits)
+
+    def _all_heads(self, row_id: str, layout: RowLayout) -> dict[str, LayerTarget]:
+        return {name: self._target(name, range(self._num_heads), row_id, layout) for name in self._modules}
+
+    @contextmanager
+    def task_context(self, ctx: MethodContext) -> Iterator[None]:
+        if not self._attends or not len(self.buffer_) or not self.config.attention_weight:
+            yield
+            return
+        with AttentionTap(ctx.model, self.name):
+            yield
+
+    def attention_kwargs(self, teacher: TeacherBatch) -> dict[str, Any]:
+        self._request = None
+        if not self.config.attention_weight or not teacher.attention:
+            return {}
+        self._request = self._distil(teacher)
+        return {KWARG: self._request}
+
+    def _distil(self, teacher: TeacherBatch) -> Distil:
+        c = self.config
+        return Distil(
+            c.attention, teacher.attention, reduction=c.kl_reduction, recompute=c.recompute, epsilon=c.kl_epsilon
+        )
+
+    def teacher_kwargs(self, teacher: TeacherBatch) -> dict[str, Any]:
+        if not teacher.attention:
+            return {}
+        self._request = Capture(self.config.attention, teacher.attention)
+        return {KWARG: self._request}
+
+    def keep_attention(self, teacher: TeacherBatch, task_of_row: Tensor, task: int | None) -> None:
+        for name, target in teacher.attention.items():
+            target.values = take_rows(target.values, self._request.values[name], target.batch, task_of_row, task)
+
+    def distillation_losses(self, teacher: TeacherBatch, outputs: Any) -> dict[str, Tensor]:
+        losses, target = {}, teacher.logits
+        if self.config.logit_weight and target is not None:
+            student = logits_at(outputs.logits, target)
+            distance = logit_kl(student, target.values, target.lse, target.indices)
+            losses["seekr/logits"] = self.config.logit_weight * distance
+        if self._request is not None:
+            losses["seekr/attention"] = self.config.attention_weight * self._attention_loss(self._request, teacher)
+        return losses
+
+    def _attention_loss(self, request: Distil, teacher: TeacherBatch) -> Tensor:
+        """Mean over the stored rows (those without heads in a layer count) and layers, or summed over layers."""
+        layers = torch.stack([loss.sum() for loss in request.losses.values()]) / len(teacher.rows)
+        return layers.mean() if self.config.kl_reduction == "mean_rows" else layers.sum()
+
+    # -- the end of a task -------------------------------------------------------------------------------------------
+
+    def _capture_before(self, ctx: MethodContext) -> dict[str, Any]:
+        """Queries and keys of all heads on the chosen rows, before the task: full fine-tuning has no other way back."""
+        found = {}
+        with AttentionTap(ctx.model, self.name), evaluating(ctx.model), torch.no_grad(), ctx.autocast():
+            for row_id, batch, layout in self._own_rows(ctx):
+                request = Capture("qk", self._all_heads(row_id, layout))
+                ctx.model(**without_labels(ctx.model, batch), **{KWARG: request})
+                found[row_id] = {n: tuple(t.cpu() for t in v) for n, v in request.values.items()}
+        return found
+
+    def choose_heads(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not self._attends:
+            return
+        self.modules_ = list(self._modules)
+        with AttentionTap(ctx.model, self.name):
+            sensitivity, change = self._scores(ctx)
+        share = sensitivity / sensitivity.sum(1, keepdim=True).clamp_min(torch.finfo(sensitivity.dtype).tiny)
+        if self.config.normalise_scores:
+            change = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
+        self.sensitivity_, self.forgettability_ = share, change
+        before = {name: self.sums_.get(name, torch.zeros_like(share)) for name in ("sensitivity", "change", "product")}
+        self.sums_ = {
+            "sensitivity": before["sensitivity"] + share,
+            "change": before["change"] + change,
+            "product": before["product"] + share * change,
+        }
+        self.importance_ = combined_importance(self.sums_, self.config.importance)
+        choice = {
+            "importance": self.importance_,
+            "sensitivity": self.sums_["sensitivity"],
+            "forgettability": self.sums_["change"],
+            "random": torch.rand(share.shape, generator=torch.Generator().manual_seed(self.config.seed)).double(),
+        }[self.config.head_choice]
+        chosen = select_heads(choice, self._layers, self._heads)
+        self.plans_[f"{ctx.task.index:03d}"] = {
+            name: mask.nonzero().flatten().tolist() for name, mask in zip(self.modules_, chosen, strict=True) if mask.any()
+        }
+
+    def _scores(self, ctx: MethodContext) -> tuple[Tensor, Tensor]:
+        """S and F of this task, each [modules, heads], float64: means over the chosen rows."""
+        sensitivity = torch.zeros(len(self._modules), self._num_heads, dtype=torch.float64)
+        change = torch.zeros_like(sensitivity)
+        for row_id, batch, layout in self._own_rows(ctx):
+            inputs = {k: v for k, v in batch.items() if k not in OWN_COLUMNS}
+            request = Sensitivity(masked=self.config.masked_scores)
+            with evaluating(ctx.model), ctx.autocast(), embeddings_with_gradients(ctx.model) as embedded:
+                loss = ctx.model(**inputs, **{KWARG: request}).loss
+                torch.autograd.grad(loss, embedded, allow_unused=True)
+            sensitivity += torch.stack([request.scores[name][0] for name in self._modules]).double().cpu()
+            if self._needs_change:
+                change += self._change(ctx, row_id, without_labels(ctx.model, batch), layout).double().cpu()
+        return sensitivity / max(1, len(self._chosen)), change / max(1, len(self._chosen))
+
+    def _change(self, ctx: MethodContext, row_id: str, inputs: Mapping[str, Any], layout: RowLayout) -> Tensor:
+        """Mean squared difference of each head's weights on one row from before the task; [modules, heads]."""
+        targets = self._all_heads(row_id, layout)
+        if self._maps_before is not None:
+            before = {n: tuple(t.to(self._device) for t in v) for n, v in self._maps_before[row_id].items()}
+        else:
+            capture = Capture("qk", targets)
+            teacher_forward(ctx, self._before, {**inputs, KWARG: capture})
+            before = capture.values
+        request = Change(before, targets)
+        with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
+            ctx.model(**inputs, **{KWARG: request})
+        return torch.stack([request.scores[name][0] for name in self._modules])
+
+    def capture_kwargs(self, row_id: str, layout: RowLayout) -> dict[str, Any]:
+        self._request = None
+        if not self._attends:
+            return {}
+        plan = self.plans_[sorted(self.plans_)[-1]]
+        kind = "qk" if self.config.attention_store == "qk" else self.config.attention
+        self._request = Capture(kind, {name: self._target(name, heads, row_id, layout) for name, heads in plan.items()})
+        return {KWARG: self._request}
+
+    def captured(self, layout: RowLayout) -> dict[str, AttentionSignal]:
+        if self._request is None:
+            return {}
+        signals = {}
+        for name, target in self._request.layers.items():
+            query_side, key_side = self._sides[name]
+            rows = (target.rows[0] - layout.starts[query_side]).cpu().int()
+            keys = slice(layout.starts[key_side], layout.starts[key_side] + layout.lengths[key_side])
+            signal = AttentionSignal(self._request.kind, (query_side, key_side), target.heads[0].cpu().int(), rows)
+            found = self._request.values[name]
+            if signal.kind == "qk":
+                signal.query, signal.key = found[0][0].cpu().half(), found[1][0][:, keys].cpu().half()
+            else:
+                values = found[0] if signal.kind == "outputs" else found[0][..., keys]
+                signal.values = values.cpu().half()
+            signals[name] = signal
+        return signals
+
+    def signal_key(self, ctx: MethodContext) -> dict[str, str]:
+        c = self.config
+        key = super().signal_key(ctx) | {"attention": "none"}
+        if self._attends:
+            chosen = f"{c.head_choice}, {c.importance}, {c.masked_scores}, {c.normalise_scores}, {c.seed}"
+            budgets = f"layers={self._layers}, heads={self._heads}, query_rows={c.query_rows}"
+            key["attention"] = f"{c.attention}, {c.attention_store}, {budgets}, by {chosen}"
+        return key
+
+    def _write_signals(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> None:
+        if not self._attends:
+            super()._write_signals(ctx, rows, ids)
+            return
+        with AttentionTap(ctx.model, self.name):
+            super()._write_signals(ctx, rows, ids)
+            if self.config.track_drift and len(self.buffer_):
+                self._measure_drift(ctx)
+
+    def _measure_drift(self, ctx: MethodContext) -> None:
+        """L_ad on the stored rows of each earlier task."""
+        found: dict[int, list[float]] = {}
+        collator = self._collator
+        with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
+            for index, task in enumerate(self.buffer_.tasks):
+                batch = ctx.make_batch([self._stored_rows()[index]], collator)
+                teacher = batch.pop("teacher").to(self._device)
+                request = self._distil(teacher)
+                ctx.model(**without_labels(ctx.model, batch), **{KWARG: request})
+                found.setdefault(task, []).append(float(self._attention_loss(request, teacher)))
+        names = list(self.buffer_.sizes)
+        self.drift_[ctx.task.name] = {names[t]: sum(v) / len(v) for t, v in found.items()}

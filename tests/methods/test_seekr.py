@@ -1,0 +1,372 @@
+"""SEEKR against an independent float64 version that looks at eager attention maps."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from contract import MethodContract
+from torch.nn import functional as F
+
+from hf_continual.errors import InputError
+from hf_continual.methods.base import MethodList
+from hf_continual.methods.seekr import SEEKR, attention_kl, combined_importance, head_sensitivity, select_heads
+from hf_continual.testing import check_method, close, equal, tiny_model, toy_rows, train_task, weights
+
+SMALL = {"layers": 2, "heads": 3, "query_rows": 4}
+
+
+class TestSEEKR(MethodContract):
+    method = {"name": "seekr", "ratio": 0.25, **SMALL}
+
+
+class TestSEEKRSummed(MethodContract):
+    method = {"name": "seekr", "ratio": 0.25, "loss_mix": "summed", "attention": "outputs"}
+    kinds = ("llama",)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"teacher": "previous", "head_plan": "global"}, "t5"),
+        ({"teacher": "tasks", "recompute": True}, "llama"),
+        ({"attention_store": "qk", "query_rows": 0}, "llama"),
+    ],
+)
+def test_other_variants_keep_the_contract(options, kind):
+    results = check_method({"name": "seekr", "count": 4, **SMALL, **options}, kinds=(kind,))
+    failed = [r for r in results if not r.passed and not (options.get("teacher") == "tasks" and "full" in r.model)]
+    assert not failed, failed
+
+
+# -- the equations by hand ---------------------------------------------------------------------------------------------
+
+
+def test_attention_kl_by_hand():
+    teacher = torch.tensor([[[[0.75, 0.25], [1.0, 0.0]]]], dtype=torch.float64)
+    student = torch.tensor([[[[0.5, 0.5], [0.5, 0.5]]]], dtype=torch.float64)
+    first, second = 0.75 * np.log(1.5) + 0.25 * np.log(0.5), np.log(2.0)
+    both, one = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[True, False]])
+    assert float(attention_kl(teacher, student, both)) == pytest.approx((first + second) / 2)
+    assert float(attention_kl(teacher, student, one)) == pytest.approx(first)
+
+
+def test_sensitivity_by_hand():
+    g, v = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double(), torch.tensor([[1.0, 0.0], [3.0, 1.0]]).double()
+    # g v^T = [[1, 5], [0, 1]]
+    assert float(head_sensitivity(g, v)) == pytest.approx((1 + 25 + 0 + 1) / 4)
+
+
+def test_selection_by_hand():
+    importance = torch.tensor([[5.0, 0.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 4.0]])
+    assert select_heads(importance, 2, 3).tolist() == [[True, False, False], [True, True, False], [False] * 3]
+
+
+def test_importance_rules_by_hand():
+    s, f = [torch.tensor([[1.0]]), torch.tensor([[2.0]])], [torch.tensor([[3.0]]), torch.tensor([[5.0]])]
+    sums = {"sensitivity": s[0] + s[1], "change": f[0] + f[1], "product": s[0] * f[0] + s[1] * f[1]}
+    assert float(combined_importance(sums, "sum_of_products")) == 13
+    assert float(combined_importance(sums, "product_of_sums")) == 24
+
+
+# -- a naive version ---------------------------------------------------------------------------------------------------
+
+
+def eager(kind, lora, state):
+    """The model in float64 with eager attention and these weights."""
+    model = tiny_model(kind, lora=lora)
+    (model.get_base_model() if lora else model).set_attn_implementation("eager")
+    model = model.eval().double()
+    model.load_state_dict({k: v.double() for k, v in state.items()}, strict=False)
+    return model
+
+
+def maps(outputs, kind):
+    """[modules][1, heads, rows, keys] in the order of the modules."""
+    if kind != "t5":
+        return list(outputs.attentions)
+    decoder = [m for pair in zip(outputs.decoder_attentions, outputs.cross_attentions, strict=True) for m in pair]
+    return [*outputs.encoder_attentions, *decoder]
+
+
+def naive_scores(kind, lora, before, after, rows):
+    """S and F of one task from whole maps: [modules, heads] each."""
+    old, new = eager(kind, lora, before), eager(kind, lora, after)
+    for p in new.parameters():
+        p.requires_grad_(True)
+    sensitivity, change = 0, 0
+    for row in rows:
+        batch = {k: torch.tensor([v]) for k, v in row.items()}
+        out = new(**batch, output_attentions=True)
+        attentions = maps(out, kind)
+        gradients = torch.autograd.grad(out.loss, attentions)
+        sensitivity += np.array([g[0].square().mean((-1, -2)).numpy() for g in gradients])
+        with torch.no_grad():
+            earlier = maps(old(**batch, output_attentions=True), kind)
+        change += np.array(
+            [(a.detach() - b)[0].square().mean((-1, -2)).numpy() for a, b in zip(attentions, earlier, strict=True)]
+        )
+    sensitivity, change = sensitivity / len(rows), change / len(rows)
+    return sensitivity / sensitivity.sum(1, keepdims=True), change
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("llama", True), ("llama", False), ("t5", True), ("t5", False), ("bert", True), ("roberta", False)]
+)
+def test_scores_importance_and_plan_equal_a_naive_version(tmp_path, kind, lora):
+    method = SEEKR(count=3, query_rows=0, layers=2, heads=5)
+    model, sums = tiny_model(kind, lora=lora), 0
+    for index in range(2):
+        rows, before = toy_rows(kind, seed=index), weights(model)
+        train_task(model, rows, [method], tmp_path / str(index), kind=kind)
+        kept = [rows[int(row_id[4:])] for row_id in method.buffer_.ids if row_id.startswith(f"00{index}")]
+        s, f = naive_scores(kind, lora, before, weights(model), kept)
+        sums = sums + s * f
+        np.testing.assert_allclose(method.sensitivity_.numpy(), s, rtol=2e-4)
+        np.testing.assert_allclose(method.forgettability_.numpy(), f, rtol=2e-3, atol=1e-12)
+        np.testing.assert_allclose(method.importance_.numpy(), sums, rtol=3e-3, atol=1e-14)
+        best = np.argsort(-method.importance_.numpy().sum(1), kind="stable")[:2]
+        inside = [(-method.importance_[m, h].item(), m, h) for m in sorted(best) for h in range(4)]
+        chosen = {(m, h) for _, m, h in sorted(inside)[:5]}
+        plan = method.plans_[f"00{index}"]
+        assert chosen == {(method.modules_.index(name), h) for name, heads in plan.items() for h in heads}
+    assert len(method.modules_) == (6 if kind == "t5" else 2)
+
+
+class Spy(SEEKR):
+    """Keeps each batch of stored rows with the weights it met and what was logged for it."""
+
+    name = "seekr"
+
+    def extra_loss(self, ctx, batch, outputs):
+        losses = super().extra_loss(ctx, batch, outputs)
+        if not hasattr(self, "seen"):
+            self.seen = []
+        if losses:
+            inputs = {k: v for k, v in batch.items() if k not in ("teacher", "replay_row")}
+            ids = [row["input_ids"] for row in self.buffer_.rows]
+            rows = [ids.index(row.tolist()) for row in inputs["input_ids"]]
+            plans = copy.deepcopy(self.plans_)
+            self.seen.append((inputs, weights(ctx.model), {k: float(v) for k, v in losses.items()}, rows, plans))
+        return losses
+
+
+def naive_attention_loss(method, kind, inputs, rows, plans, old, new, reduction):
+    """L_ad of one micro-batch from whole maps; `old` by row of the batch."""
+    names, total = method.modules_, {}
+    task_plans = [plans[f"00{number // 3}"] for number in rows]
+    for row, plan in enumerate(task_plans):
+        for name, heads in plan.items():
+            m = names.index(name)
+            t, s = old[row][m][0, heads], new[row][m][0, heads]
+            kl = torch.where(t > 0, t * (t.clamp_min(1e-300).log() - s.clamp_min(1e-300).log()), 0.0).sum(-1)
+            value = float(kl.mean() if reduction == "mean_rows" else kl.sum())
+            total[name] = total.get(name, 0.0) + value / len(rows)
+    return sum(total.values()) / (len(total) if reduction == "mean_rows" else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"kl_reduction": "sum"}),
+        ("llama", {"teacher": "tasks"}),
+        ("llama", {"attention_store": "qk"}),
+        ("llama", {"recompute": True}),
+        ("t5", {}),
+        ("bert", {}),
+    ],
+)
+def test_losses_of_a_run_equal_a_naive_version(tmp_path, kind, options):
+    method = Spy(count=3, query_rows=0, layers=2, heads=5, logit_weight=0.3, attention_weight=50.0, **options)
+    model, after = tiny_model(kind, lora=True), []
+    for index in range(3):
+        train_task(model, toy_rows(kind, seed=index), [method], tmp_path / str(index), kind=kind)
+        after.append(weights(model))
+    assert len(method.seen) == 3
+    for inputs, now, logged, rows, plans in method.seen:
+        student, old, new, logits = eager(kind, True, now), [], [], []
+        for row, number in enumerate(rows):
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            with torch.no_grad():
+                t = eager(kind, True, after[number // 3])(**one, output_attentions=True)
+                s = student(**one, output_attentions=True)
+            old.append(maps(t, kind))
+            new.append(maps(s, kind))
+            p, q = F.log_softmax(t.logits[0], -1), F.log_softmax(s.logits[0], -1)
+            if kind == "llama":
+                p, q = p[:-1], q[:-1]
+            logits += (p.exp() * (p - q)).sum(-1).reshape(-1).tolist()
+        reduction = options.get("kl_reduction", "mean_rows")
+        expected = naive_attention_loss(method, kind, inputs, rows, plans, old, new, reduction)
+        # Maps are stored in half precision.
+        assert logged["seekr/attention"] == pytest.approx(50 * expected, rel=2e-3, abs=1e-7)
+        assert logged["seekr/logits"] == pytest.approx(0.3 * sum(logits) / len(logits), rel=1e-4, abs=1e-9)
+
+
+def test_no_loss_and_no_gradient_while_the_student_is_the_teacher(tmp_path):
+    """At a learning rate of 0 the student stays its own teacher: nothing but the task loss has a gradient."""
+    seen = []
+
+    class Watch(SEEKR):
+        name = "seekr"
+
+        def extra_loss(self, ctx, batch, outputs):
+            losses = super().extra_loss(ctx, batch, outputs)
+            if losses:
+                learning = [p for p in ctx.model.parameters() if p.requires_grad]
+                gradients = torch.autograd.grad(
+                    sum(losses.values()), learning, retain_graph=True, allow_unused=True
+                )
+                seen.append((losses, max(float(g.abs().max()) for g in gradients if g is not None)))
+            return losses
+
+    for teacher in ("cached", "previous", "tasks"):
+        method, model = Watch(count=3, teacher=teacher, query_rows=0), tiny_model(lora=True)
+        train_task(model, toy_rows(seed=0), [method], tmp_path / f"{teacher}0", learning_rate=1e-2)
+        train_task(model, toy_rows(seed=1), [method], tmp_path / f"{teacher}1", learning_rate=0.0)
+    assert len(seen) == 3
+    for losses, gradient in seen:
+        assert all(abs(float(v)) < 2e-3 for v in losses.values()), losses  # half precision maps times 1e3
+        assert gradient < 1e-2
+    assert all(abs(float(v)) < 1e-4 for losses, _ in seen[1:] for v in losses.values())
+
+
+def test_attention_distillation_lowers_drift_on_old_tasks(tmp_path):
+    """Three tasks, the same run with and without L_ad."""
+
+    def drift(weight):
+        method, model = SEEKR(count=8, attention_weight=weight, query_rows=0), tiny_model(lora=True)
+        for index in range(3):
+            train_task(
+                model, toy_rows(seed=index, rows=32), [method], tmp_path / f"{weight}-{index}", num_train_epochs=3
+            )
+        assert list(method.drift_) == ["task1", "task2"] and list(method.drift_["task2"]) == ["task0", "task1"]
+        return method.drift_["task2"]
+
+    without, distilled = drift(0.0), drift(1e3)
+    for task in ("task0", "task1"):
+        assert distilled[task] < 0.6 * without[task], (distilled, without)
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_random_heads_and_single_factors(tmp_path):
+    plans = {}
+    for choice in ("importance", "sensitivity", "forgettability", "random"):
+        method = SEEKR(count=3, layers=1, heads=2, head_choice=choice)
+        train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / choice)
+        plans[choice] = method.plans_["000"]
+        assert sum(len(heads) for heads in plans[choice].values()) == 2 and len(plans[choice]) <= 1
+    again = SEEKR(count=3, layers=1, heads=2, head_choice="random")
+    train_task(tiny_model(lora=True), toy_rows(seed=5), [again], tmp_path / "again")
+    assert again.plans_["000"] == plans["random"]
+
+
+def test_masked_and_normalised_scores(tmp_path):
+    plain, other = SEEKR(count=3), SEEKR(count=3, masked_scores=True, normalise_scores=True)
+    for name, method in (("plain", plain), ("other", other)):
+        train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / name)
+    assert float(other.forgettability_.sum()) == pytest.approx(1)
+    assert torch.allclose(plain.sensitivity_.sum(1), torch.ones(2).double())
+    assert not torch.allclose(plain.sensitivity_, other.sensitivity_, rtol=1e-2)
+
+
+def test_the_reference_distils_one_position_too_far(tmp_path):
+    for shift, first in (("correct", 0), ("reference", 0)):
+        method = SEEKR(count=1, logit_shift=shift)
+        train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / shift)
+        positions = method.buffer_.signals.read(method.buffer_.ids[0]).logits.positions.tolist()
+        assert positions == list(range(first, 9 if shift == "correct" else 10))
+
+
+def test_state_round_trip(tmp_path):
+    method = SEEKR(count=3)
+    train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / "t")
+    method.save(tmp_path / "s")
+    again = SEEKR(count=3)
+    again.load(tmp_path / "s")
+    assert again.plans_ == method.plans_ and torch.equal(again.importance_, method.importance_)
+    assert again.buffer_.signals.ids == method.buffer_.ids
+
+
+@pytest.mark.parametrize("others", [["migu"], ["kif"], ["olora"], [{"name": "kif"}, {"name": "migu"}]])
+def test_combines_with_other_methods(tmp_path, others):
+    for order in (lambda ms: ms, lambda ms: ms[::-1]):
+        methods = MethodList(order([SEEKR(count=4), *others]))
+        model = tiny_model(lora=True)
+        for index in range(3):
+            trainer = train_task(model, toy_rows(seed=index), methods, tmp_path / f"{index}{id(methods)}")
+        logged = [e for e in trainer.state.log_history if "seekr/attention" in e]
+        assert logged and all(np.isfinite(e["seekr/attention"]) for e in logged)
+
+
+def test_teacher_of_each_task_ignores_adapters_that_came_later(tmp_path):
+    """With O-LoRA a task's teacher has only the adapters of its time."""
+    from hf_continual.distillation import teacher_forward
+
+    method = SEEKR(count=3, teacher="tasks")
+    methods, model, ids = MethodList(["olora", method]), tiny_model(lora=True), torch.tensor([[5, 9, 30, 41]])
+    after = []
+    for index in range(3):
+        trainer = train_task(model, toy_rows(seed=index), methods, tmp_path / str(index))
+        after.append(copy.deepcopy(model).eval()(ids).logits)
+    for task in range(3):
+        found = teacher_forward(trainer.ctx, method._teacher_weights(trainer.ctx, task), {"input_ids": ids}).logits
+        assert torch.allclose(found, after[task], atol=1e-6)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": 3}, "layers=3"),
+        ({"heads": 9}, "heads=9"),
+        ({"layers": 1, "heads": 5}, "heads=5"),
+    ],
+)
+def test_refuses_budgets_larger_than_the_model(tmp_path, options, said):
+    with pytest.raises(InputError, match=said):
+        train_task(tiny_model(lora=True), toy_rows(), [SEEKR(**options)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 0}, {"heads": -1}, {"query_rows": -1}, {"logit_weight": 1.5}, {"attention_weight": -1},
+        {"attention": "scores"}, {"kl_reduction": "mean"}, {"head_choice": "best"}, {"importance": "product"},
+        {"logit_shift": "wrong"}, {"attention_store": "k"}, {"recompute": 1}, {"head_plan": "global"},
+    ],
+)  # fmt: skip
+def test_refuses_options_that_cannot_be(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        SEEKR(**options)
+
+
+def test_refuses_reentrant_checkpointing(tmp_path):
+    method, model = SEEKR(count=3), tiny_model(lora=True)
+    train_task(model, toy_rows(), [method], tmp_path / "0")
+    with pytest.raises(InputError, match="use_reentrant"):
+        train_task(
+            model, toy_rows(seed=1), [method], tmp_path / "1", gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip
+
+
+def test_refuses_attention_that_cannot_be_tapped(tmp_path):
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(InputError, match="flex_attention"):
+        train_task(model, toy_rows(), [SEEKR(count=2)], tmp_path)
+
+
+def test_implementation_is_restored(tmp_path):
+    model = tiny_model()
+    before = model.config._attn_implementation
+    for index in range(2):
+        train_task(model, toy_rows(seed=index), [SEEKR(count=2)], tmp_path / str(index))
+    assert model.config._attn_implementation == before
+    assert equal(weights(model), weights(model)) and close(weights(model), weights(model), 0)
