@@ -75,7 +75,11 @@ class Modes:
     def _target(self, rows: Tensor) -> LayerTarget:
         heads = self.heads[None]
         target = LayerTarget(
-            None, heads, torch.ones_like(heads, dtype=torch.bool), rows[None], torch.ones(1, len(rows), dtype=torch.bool)
+            None,
+            heads,
+            torch.ones_like(heads, dtype=torch.bool),
+            rows[None],
+            torch.ones(1, len(rows), dtype=torch.bool),
         )
         return target.to(self.options.device)
 
@@ -222,7 +226,9 @@ def measure_disk(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps_table(result: dict[str, Any]) -> str:
-    rows = [["replay", f"{result['seconds']['replay']:.3f} s", "", f"{result['saved_bytes']['replay'] / 2**20:.0f} MiB"]]
+    rows = [
+        ["replay", f"{result['seconds']['replay']:.3f} s", "", f"{result['saved_bytes']['replay'] / 2**20:.0f} MiB"]
+    ]
     for mode in MODES[1:]:
         times, cpu = result["ratios"][mode], result["cpu_ratios"][mode]
         rows.append(

@@ -275,6 +275,8 @@ class _Call:
         """The teacher's probabilities, [b, h, r, K]."""
         if target.values is not None:
             found = target.values.to(self.dtype)
+            total = found.sum(-1, keepdim=True)  # not one, where the teacher was stored in half precision
+            found = found / torch.where(total > 0, total, 1.0)
         elif target.query is None or target.key is None:
             raise InputError(f"attention target of '{self.name}': give the teacher's values, or its query and key")
         elif self.bias is not None:

@@ -242,8 +242,8 @@ ConfigT = TypeVar("ConfigT", bound=ReplayDistillationConfig)
 class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
     """Base of DER++ and SEEKR. A subclass gives the losses, and may add signals of its own.
 
-    State: `buffer_` (rows and, with the cached teacher, their signals), `teachers_` and `adapters_` (with `teacher: tasks`), `drawn_`
-    (stored rows drawn so far in this task, with `loss_mix: summed`).
+    State: `buffer_` (rows and, with the cached teacher, their signals), `teachers_` and `adapters_` (with `teacher:
+    tasks`), `drawn_` (stored rows drawn so far in this task, with `loss_mix: summed`).
     """
 
     name = "replaydistillation"
@@ -268,6 +268,13 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._planned: Any = None
         self._features: Any = None
         self._teacher: Any = None
+
+    @property
+    def store(self) -> SignalStore:
+        """The signals of the cached teacher."""
+        signals = self.buffer_.signals
+        assert isinstance(signals, SignalStore)
+        return signals
 
     # -- what a subclass gives ---------------------------------------------------------------------------------------
 
@@ -329,8 +336,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._features = features
         if self.config.teacher == "cached":
             # Beside the checkpoints, so that rows which a killed process has finished are not computed again.
-            key = self.signal_key(ctx)
-            store = self.buffer_.signals
+            key, store = self.signal_key(ctx), self.store
             if store.ids:
                 store.check(key)
             store.key |= key
@@ -371,7 +377,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
     def data_collator(self, ctx: MethodContext, collator: Any) -> Any:
         if not len(self.buffer_):
             return collator
-        signals = self.buffer_.signals if self.config.teacher == "cached" else self._planned
+        signals = self.store if self.config.teacher == "cached" else self._planned
         self._collator = DistillationCollator(collator, signals, self.buffer_.ids, self.buffer_.tasks)
         return collator if self.config.loss_mix == "summed" else self._collator
 
@@ -495,7 +501,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def _write_signals(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> None:
         """Signals of the task's own rows; the first process computes them, all read them."""
-        store = self.buffer_.signals
+        store = self.store
         store.key[f"teacher:{ctx.task.index:03d}"] = teacher_hash(trainable_state(ctx.model))
         if ctx.dist.is_main:
             with evaluating(ctx.model), torch.no_grad(), ctx.autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections import deque
@@ -170,34 +171,47 @@ def features_of(ctx: MethodContext, rows: Any) -> Tensor:
     Returns:
         float32, [rows, hidden size], on the CPU.
     """
-    model, size = ctx.model, ctx.state.train_batch_size or 8
-    device = next(model.parameters()).device
+    # Not output_hidden_states=True, for which transformers places hooks that stay.
+    backbone = _backbone(ctx.model)
+    known = inspect.signature(backbone.forward).parameters
+    size = ctx.state.train_batch_size or 8
     features: Tensor | None = None
-    training = model.training
-    model.eval()
+    training = ctx.model.training
+    ctx.model.eval()
     try:
         for number, start in enumerate(range(0, len(rows), size)):
-            if number % ctx.dist.world_size != ctx.dist.rank and features is not None:
+            own = number % ctx.dist.world_size == ctx.dist.rank
+            if features is not None and not own:
                 continue  # the first batch is for all, which then know the hidden size
-            batch = ctx.make_batch([dict(rows[i]) for i in range(start, min(start + size, len(rows)))])
+            indices = range(start, min(start + size, len(rows)))
+            batch = ctx.make_batch([dict(rows[i]) for i in indices])
             with ctx.autocast():
-                outputs = model(**batch, output_hidden_states=True)
-            hidden = getattr(outputs, "encoder_last_hidden_state", None)
-            if hidden is None:
-                hidden = outputs.hidden_states[-1]
+                outputs = backbone(**{name: value for name, value in batch.items() if name in known})
+            hidden = getattr(outputs, "last_hidden_state", None)
+            if hidden is None or hidden.dim() != 3 or len(hidden) != len(indices):
+                raise InputError(
+                    f"policy='herding' needs the last hidden state of each row and {type(backbone).__name__} does not "
+                    "give it; use another policy"
+                )
             mask = batch.get("attention_mask")
             mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask
             weights = mask.to(hidden.device, torch.float32)[..., None]
             means = (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)
             if features is None:
-                features = torch.zeros(len(rows), means.shape[1], device=device)
-            if number % ctx.dist.world_size == ctx.dist.rank:
+                features = means.new_zeros(len(rows), means.shape[1])
+            if own:
                 features[start : start + size] = nn.functional.normalize(means, dim=1)
     finally:
-        model.train(training)
-    if features is None:
-        return torch.zeros(0, 1)
-    return ctx.dist.sum_(features).cpu()
+        ctx.model.train(training)
+    return torch.zeros(0, 1) if features is None else ctx.dist.sum_(features).cpu()
+
+
+def _backbone(model: Any) -> Any:
+    """The part of a model of transformers that is below its head: the encoder, or what gives the last hidden state."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return base.get_encoder()
+    return getattr(base, "base_model", base)
 
 
 # -- whose rows --------------------------------------------------------------------------------------------------------
@@ -589,6 +603,11 @@ class InterleavedDataset(Dataset[Any]):
     def __init__(self, new: Any, stored: Any) -> None:
         self.new = new
         self.stored = stored
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the samplers. A resumed loader of several processes reaches the dataset and not its sampler."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.new) + len(self.stored)
@@ -610,7 +629,7 @@ class InterleavedDataset(Dataset[Any]):
 
     def sampler(self, batch_size: int, processes: int = 1, seed: int = 42, shuffle: bool = True) -> InterleavedSampler:
         """Indices for a DataLoader of `batch_size`, whose batches `processes` ranks take in turn."""
-        return InterleavedSampler(len(self.new), len(self.stored), batch_size, processes, seed, shuffle)
+        return InterleavedSampler(self, batch_size, processes, seed, shuffle)
 
     def collator(self, inner: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         """`inner` for batches with fillers."""
@@ -637,26 +656,30 @@ class InterleavedSampler(Sampler[int]):
     """The order of an epoch: whole micro-batches, one a rank, of new rows or of stored ones."""
 
     def __init__(
-        self, new: int, stored: int, batch_size: int, processes: int = 1, seed: int = 42, shuffle: bool = True
+        self,
+        dataset: InterleavedDataset,
+        batch_size: int,
+        processes: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
     ) -> None:
-        self.new, self.stored = new, stored
+        self.dataset = dataset
         self.batch_size, self.processes = batch_size, processes
         self.seed, self.shuffle = seed, shuffle
-        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
         unit = self.batch_size * self.processes
-        return unit * (-(-self.new // unit) + -(-self.stored // unit))
+        return unit * (-(-len(self.dataset.new) // unit) + -(-len(self.dataset.stored) // unit))
 
     def __iter__(self) -> Iterator[int]:
-        new, stored = range(self.new), range(self.new, self.new + self.stored)
-        orders: list[Sequence[int]] = [new, stored]
+        first = len(self.dataset.new)
+        orders: list[Sequence[int]] = [range(first), range(first, len(self.dataset))]
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            orders = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in (new, stored)]
+            generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+            orders = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in orders]
         new_units, stored_units = (self._units(order) for order in orders)
         for after, unit in enumerate(new_units, 1):
             yield from unit

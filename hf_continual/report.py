@@ -1,8 +1,8 @@
 """Tables and plots of run directories: one run, or a folder of runs that are compared.
 
 A run directory holds `queue.json` (tasks in order, seed, variant, how far it came) and `scores.jsonl` (one cell of the
-score matrix per line). Reports read those two files, and the skill units of TaSL and KIF, so they need no model and no
-GPU.
+score matrix per line). Reports read those two files, the skill units of TaSL and KIF, and the attention heads of SEEKR,
+so they need no model and no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .attention_report import attention_section, read_report_attention
 from .errors import InputError
 from .metrics import METRICS
 from .plots import plot_comparison, plot_matrix
@@ -128,7 +129,7 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
     out = path if out is None else Path(out)
     runs = [load_run(each, scorer) for each in find_runs(path)]
     single = runs[0].path == path
-    units = read_report_units(runs)  # before anything is written
+    units, attention = read_report_units(runs), read_report_attention(runs)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
 
     blocks = [f"# {runs[0].title}" if single else f"# Comparison: {path.resolve().name}"]
@@ -148,7 +149,7 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
             state = "" if run.finished else f" (not finished: {run.progress})"
             blocks += [f"### {run.title}{state}", f"`{run.path}`", _matrix_caption(run), matrix_table(run, "github")]
 
-    blocks += skill_section(runs, units, out, single)
+    blocks += skill_section(runs, units, out, single) + attention_section(runs, attention, out, single)
     blocks += ["## Formulas", _FORMULAS]
     blocks += ["Percent, mean over the finished runs, by every definition this package knows:", _variants_table(runs)]
     blocks += ["## Predictions", _predictions(runs)]

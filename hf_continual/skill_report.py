@@ -353,10 +353,8 @@ def skill_section(
     return [*blocks, "\n".join(notes)] if notes else blocks
 
 
-def shown_runs(
-    runs: Sequence[RunScores], read: Mapping[Path, T], single: bool
-) -> tuple[dict[str, list[T]], list[str]]:
-    """What was `read` of the runs a report shows, by variant; and a line for each that is left out, being unfinished."""
+def shown_runs(runs: Sequence[RunScores], read: Mapping[Path, T], single: bool) -> tuple[dict[str, list[T]], list[str]]:
+    """What was `read` of the runs that a report shows, by variant, and a note on each that is left out, unfinished."""
     members: dict[str, list[T]] = {}
     notes = []
     for label, same in groups(runs).items():

@@ -247,7 +247,7 @@ class ContinualMixin(_Parent):
     def _make_batch(self, own: Any, rows: Sequence[Mapping[str, Any]], collator: Any = None) -> dict[str, Any]:
         """The batch that the Trainer would make of these rows, on its device."""
         self._set_signature_columns_if_needed()
-        known = set(self._signature_columns or ())
+        known: set[str] = set(self._signature_columns or ())
         if self.args.remove_unused_columns:
             rows = [{name: value for name, value in row.items() if name in known} for row in rows]
         return dict(self._prepare_inputs((collator or own)([dict(row) for row in rows])))

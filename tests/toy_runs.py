@@ -24,6 +24,7 @@ KINDS = {
     "naive": {"methods": []},
     "full": {"methods": ["migu"], "lora": False},
     "t5": {"methods": ["inclora"], "kind": "t5"},
+    "seekr": {"methods": [{"name": "seekr", "count": 3, "layers": 2, "heads": 4, "query_rows": 4}]},
     "kif": {"methods": [{"name": "kif", "replay_count": 6, "fusion": "categorical", "quantile": 0.5}]},
 }
 
@@ -48,7 +49,7 @@ def snapshot(run):
             found[name] = load_file(str(path))
         elif path.suffix == ".arrow" or "predictions" in path.parts[:-1] or path.suffix == ".jsonl":
             found[name] = path.read_bytes()
-        elif path.parent.name == "methods" and path.suffix == ".json":
+        elif "methods" in path.parts and path.suffix == ".json":
             found[name] = path.read_text()
     return found
 
@@ -172,9 +173,43 @@ FUSION_POINTS = {  # the first task has neither a fusion nor a phase
 }
 
 
+def _in_signals():
+    from hf_continual.signals import SignalStore
+
+    original = SignalStore.write
+
+    def replaced(self, row_id, signals):
+        if row_id.startswith("001") and sum(known.startswith("001") for known in self.ids) == 2:
+            (self.folder / f".{row_id}.safetensors.tmp").write_bytes(b"half a row")
+            die()
+        original(self, row_id, signals)
+
+    SignalStore.write = replaced
+
+
+def _in_buffer():
+    from hf_continual.replay import ReplayBuffer
+
+    _before(ReplayBuffer, "add", lambda self, index, *a: index == 1)
+
+
+def _in_saved_buffer():
+    from hf_continual.signals import SignalStore
+
+    _before(SignalStore, "save", lambda self, folder: "01-toy1.tmp" in str(folder))
+
+
+SIGNAL_POINTS = {
+    "in a step": _in_step,
+    "in the signals of the second task": _in_signals,
+    "between signals and buffer": _in_buffer,
+    "in the buffer of a commit": _in_saved_buffer,
+}
+
+
 def _child(folder, name, point, training):
     torch.set_num_threads(1)
-    {**POINTS, **FUSION_POINTS}[point]()
+    {**POINTS, **FUSION_POINTS, **SIGNAL_POINTS}[point]()
     make_queue(folder, name, **training).run()
 
 

@@ -10,7 +10,8 @@ adapters begins a task before the others):
 
 and of one task:
 
-    on_task_begin -> train_dataset -> data_collator -> task_context around the training -> merge -> training_phase -> on_task_end
+    on_task_begin -> train_dataset -> data_collator -> task_context around the training
+        -> merge -> training_phase -> on_task_end
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class ContinualMethod(Generic[ConfigT]):
     """Base class of all methods. Override only the hooks you need; call no `super()`.
 
     Attributes that end in `_` (tensors, dicts of tensors, `datasets.Dataset`, [`StoredState`], JSON values) are the
-    method's state: they are saved with every checkpoint and every task. Names that begin with `_` are scratch. `__init__` stores the config.
+    method's state: they are saved with every checkpoint and every task. Names that begin with `_` are scratch.
+    `__init__` stores the config.
     """
 
     name: ClassVar[str] = ""
@@ -152,7 +154,7 @@ class ContinualMethod(Generic[ConfigT]):
                 or hasattr(ContinualMethod, attribute)
             ):
                 continue
-            if attribute.startswith(("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_", "data_")):
+            if attribute.startswith(PREFIXES):
                 raise TypeError(f"{cls.__name__}.{attribute} is not a hook{did_you_mean(attribute, HOOKS)}")
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
@@ -295,6 +297,9 @@ class ContinualMethod(Generic[ConfigT]):
                 f"state of method '{self.name}': {path} or the .safetensors file beside it cannot be read ({error})"
             ) from error
 
+
+PREFIXES = ("on_", "before_", "after_", "edit_", "extra_", "train_", "forward_", "task_", "data_")
+"""How hooks begin; another public function that begins so is taken for a misspelt one."""
 
 HOOKS: tuple[str, ...] = (
     "on_task_begin",

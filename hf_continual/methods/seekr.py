@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import (
     KWARG,
@@ -111,7 +111,8 @@ class SEEKRConfig(ReplayDistillationConfig):
         metadata={"help": "Divide F of each task by its sum, so that tasks with short rows do not outweigh others."},
     )
     kl_reduction: Literal["mean_rows", "sum"] = field(
-        default="mean_rows", metadata={"help": "L_ad as a mean (the code), or summed over layers, heads and rows (Eq. 12)."}
+        default="mean_rows",
+        metadata={"help": "L_ad as a mean (the code), or summed over layers, heads and rows (Eq. 12)."},
     )
     kl_epsilon: float = field(
         default=0.0, metadata={"help": "Added to the student's weights before the logarithm; the code: 1e-8."}
@@ -121,7 +122,9 @@ class SEEKRConfig(ReplayDistillationConfig):
     )
     attention_store: Literal["maps", "qk"] = field(
         default="maps",
-        metadata={"help": "Store rows of the maps, or queries and keys: smaller where query_rows is 0 and rows are long."},
+        metadata={
+            "help": "Store rows of the maps, or queries and keys: smaller where query_rows is 0 and rows are long."
+        },
     )
     recompute: bool = field(
         default=False, metadata={"help": "Compute L_ad again in backward and keep none of its maps: less memory."}
@@ -162,26 +165,6 @@ class SEEKRConfig(ReplayDistillationConfig):
 def combined_importance(sums: Mapping[str, Tensor], rule: str) -> Tensor:
     """I from sums over tasks, each [modules, heads]: of S~ F (`product`), or of S~ times of F (Eq. 10)."""
     return sums["product"] if rule == "sum_of_products" else sums["sensitivity"] * sums["change"]
-
-
-@contextmanager
-def embeddings_with_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the outputs of all embeddings of a forward, with gradients even where the embedding is frozen.
-
-    Gradients with respect to them pass every attention output and touch no parameter's `.grad`.
-    """
-    outputs: list[Tensor] = []
-
-    def collect(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        outputs.append(output if output.requires_grad else output.requires_grad_())
-        return outputs[-1]
-
-    handles = [m.register_forward_hook(collect) for m in model.modules() if isinstance(m, nn.Embedding)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class SEEKR(ReplayDistillation[SEEKRConfig]):
@@ -262,7 +245,11 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         rows = self._query_rows(module, row_id, layout).long() + layout.starts[self._sides[module][0]]
         chosen = torch.tensor([list(heads)])
         target = LayerTarget(
-            None, chosen, torch.ones_like(chosen, dtype=torch.bool), rows[None], torch.ones(1, len(rows), dtype=torch.bool)
+            None,
+            chosen,
+            torch.ones_like(chosen, dtype=torch.bool),
+            rows[None],
+            torch.ones(1, len(rows), dtype=torch.bool),
         )
         return target.to(self._device)
 
@@ -365,7 +352,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
             "change": before["change"] + change,
             "product": before["product"] + share * change,
         }
-        self.importance_ = combined_importance(self.sums_, self.config.importance)
+        self.importance_ = combined_importance(self.sums_, self.config.importance).clone()
         choice = {
             "importance": self.importance_,
             "sensitivity": self.sums_["sensitivity"],
@@ -374,7 +361,9 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         }[self.config.head_choice]
         chosen = select_heads(choice, self._layers, self._heads)
         self.plans_[f"{ctx.task.index:03d}"] = {
-            name: mask.nonzero().flatten().tolist() for name, mask in zip(self.modules_, chosen, strict=True) if mask.any()
+            name: mask.nonzero().flatten().tolist()
+            for name, mask in zip(self.modules_, chosen, strict=True)
+            if mask.any()
         }
 
     def _scores(self, ctx: MethodContext) -> tuple[Tensor, Tensor]:
@@ -384,9 +373,9 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         for row_id, batch, layout in self._own_rows(ctx):
             inputs = {k: v for k, v in batch.items() if k not in OWN_COLUMNS}
             request = Sensitivity(masked=self.config.masked_scores)
-            with evaluating(ctx.model), ctx.autocast(), embeddings_with_gradients(ctx.model) as embedded:
+            with evaluating(ctx.model), ctx.autocast():
                 loss = ctx.model(**inputs, **{KWARG: request}).loss
-                torch.autograd.grad(loss, embedded, allow_unused=True)
+                torch.autograd.grad(loss, list(request.outputs.values()))  # touches no parameter's .grad
             sensitivity += torch.stack([request.scores[name][0] for name in self._modules]).double().cpu()
             if self._needs_change:
                 change += self._change(ctx, row_id, without_labels(ctx.model, batch), layout).double().cpu()

@@ -27,7 +27,14 @@ STREAMS = {
     "weight_ensemble": ["weight_ensemble"],
     "weight_ema": [{"name": "weight_ema", "decay": 0.5}],
     "fisher_merge": ["fisher_merge"],
+    "derpp": [{"name": "derpp", "count": 8}],
+    "seekr": [{"name": "seekr", "count": 8, "layers": 2, "heads": 5, "query_rows": 4, "attention_weight": 10}],
+    "seekr-summed": [
+        {"name": "seekr", "count": 8, "loss_mix": "summed", "teacher": "previous", "attention_weight": 10}
+    ],
 }
+ALTERNATE = ("derpp", "seekr")
+SCORES = ("raw_", "coefficients_", "sensitivity_", "forgettability_", "importance_")
 
 
 def learn(name, lora, folder, accumulation, batch):
@@ -51,7 +58,7 @@ def learn(name, lora, folder, accumulation, batch):
         )
     tensors = weights(model)
     usage = {f"{m.name}.updates": m.updates_ for m in methods if m.name == "migu"}
-    scores = {f"{m.name}.{a}": getattr(m, a) for m in methods for a in ("raw_", "coefficients_") if hasattr(m, a)}
+    scores = {f"{m.name}.{a}": getattr(m, a) for m in methods for a in SCORES if getattr(m, a, None) is not None}
     return {**tensors, **usage, **scores}
 
 
@@ -67,7 +74,7 @@ def work(rank, port, name, lora, folder, accumulation):
     )
     status = 1
     try:
-        tensors = learn(name, lora, folder / f"rank{rank}", accumulation, batch=2)
+        tensors = learn(name, lora, folder / "both", accumulation, batch=2)
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"rank{rank}.safetensors"))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -101,6 +108,9 @@ def context():
         ("weight_ensemble", True, 1),
         ("weight_ema", False, 1),
         ("fisher_merge", True, 2),
+        ("derpp", False, 1),
+        ("seekr", True, 1),
+        ("seekr-summed", True, 1),
     ],
 )
 def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
@@ -119,6 +129,7 @@ def test_two_processes_equal_one(name, lora, accumulation, context, tmp_path):
     assert all(torch.equal(first[k], second[k]) for k in first), "the ranks hold different weights"
     # Micro-batch j of a step in one process is rank j % 2, accumulation j // 2.
     alone = learn(name, lora, tmp_path / "one", 2 * accumulation, batch=2)
-    if name == "migu-micro-batch":  # the mask of a micro-batch is that of all ranks together
+    if name == "migu-micro-batch" or name in ALTERNATE or name == "seekr-summed":
+        # A micro-batch is that of all ranks together: its mask, and the place of stored ones between new ones.
         alone = learn(name, lora, tmp_path / "one", accumulation, batch=4)
     assert close(alone, first, 1e-5)

@@ -1,6 +1,9 @@
 """The same contract for every method: `check_method` on all tiny models."""
 
-from hf_continual.testing import MODELS, check_method
+from pathlib import Path
+
+from hf_continual.methods.base import make_method
+from hf_continual.testing import MODELS, _Contract, check_method
 
 
 class MethodContract:
@@ -20,3 +23,10 @@ class MethodContract:
         results = check_method(self.method, kinds=(kind,))
         failed = [f"{r.model}: {r.name}: {r.detail}" for r in results if not r.passed]
         assert results and not failed, "\n".join(failed)
+
+
+def check_exact(method, kind, folder, lora=True):
+    """The parts of the contract on which options of a method may differ, for one more variant of it."""
+    for name in ("resume_within_a_task_is_exact", "state_survives_between_tasks",
+                 "gradient_checkpointing_changes_nothing"):  # fmt: skip
+        getattr(_Contract(lambda: make_method(method), kind, lora, Path(folder) / name), f"check_{name}")()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from contract import MethodContract
+from contract import MethodContract, check_exact
 from torch.nn import functional as F
 
 from hf_continual.errors import InputError
@@ -14,26 +14,12 @@ class TestDERPP(MethodContract):
 
 class TestDERPPSummed(MethodContract):
     method = {"name": "derpp", "ratio": 0.25, "loss_mix": "summed", "loss": "kl", "top_k": 10}
-    kinds = ("llama", "t5")
-
-
-class TestDERPPPreviousTeacher(MethodContract):
-    method = {"name": "derpp", "count": 4, "teacher": "previous", "loss": "kl"}
     kinds = ("llama",)
 
 
-class TestDERPPTaskTeachers(MethodContract):
-    method = {"name": "derpp", "count": 4, "teacher": "tasks"}
-    kinds = ("t5",)
-
-    def pytest_generate_tests(self, metafunc):
-        super().pytest_generate_tests(metafunc)
-
-    def test_contract(self, kind):
-        from hf_continual.testing import check_method
-
-        failed = [r for r in check_method(self.method, kinds=(kind,)) if not r.passed and "LoRA" in r.model]
-        assert not failed, failed
+@pytest.mark.parametrize(("teacher", "kind"), [("previous", "llama"), ("tasks", "t5")])
+def test_online_teachers_are_exact(teacher, kind, tmp_path):
+    check_exact({"name": "derpp", "count": 4, "teacher": teacher, "loss": "kl"}, kind, tmp_path)
 
 
 class Spy(DERPP):
@@ -125,7 +111,9 @@ def test_state_round_trip_with_signals(tmp_path):
     again.load(tmp_path / "s")
     assert again.buffer_.ids == method.buffer_.ids == again.buffer_.signals.ids
     for row in again.buffer_.ids:
-        assert torch.equal(again.buffer_.signals.read(row).logits.values, method.buffer_.signals.read(row).logits.values)
+        assert torch.equal(
+            again.buffer_.signals.read(row).logits.values, method.buffer_.signals.read(row).logits.values
+        )
     file = next((tmp_path / "s").rglob("000-*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

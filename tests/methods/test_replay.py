@@ -28,7 +28,7 @@ class TestReplayAfter(MethodContract):
 
 
 class TestReplayOfClasses(MethodContract):
-    method = {"name": "replay", "total": 7, "policy": "class_balanced"}
+    method = {"name": "replay", "total": 8, "policy": "class_balanced"}
     kinds = ("bert",)
 
 

