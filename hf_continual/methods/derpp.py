@@ -6,7 +6,7 @@ r"""DER++: train on stored rows of earlier tasks too, and keep the logits that t
 z are the logits at the positions that predict a label; SEEKR's paper compares with beta = alpha = 1/2 and D = KL.
 
 Source: Buzzega et al., "Dark Experience for General Continual Learning", arXiv:2004.07211, Eq. 6 (there each of the two
-terms has a stored batch of its own; here both are of the same rows), and He et al., "SEEKR", arXiv:2411.06171, Sec. 4.2.
+terms has a stored batch of its own; here both are of the same rows), and He et al., "SEEKR", arXiv:2411.06171.
 """
 
 from __future__ import annotations

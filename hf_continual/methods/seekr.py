@@ -13,9 +13,10 @@ r"""SEEKR: replay a few rows of earlier tasks, and keep what the heads that matt
 With g_h the gradient of head h's output and V_h its values, dL/dA_h = g_h V_h^T, so mean((dL/dA_h)^2) =
 <g_h^T g_h, V_h^T V_h> / S^2: no map is built.
 
-Source: He et al., "SEEKR: Selective Attention-Guided Knowledge Retention for Continual Learning of Large Language Models",
-arXiv:2411.06171, Eq. 6-13 and Alg. 1, and its code at github.com/jinghan1he/SEEKR. METHODS.md lists where they disagree.
-Deviation: L_ld stands at the positions that predict a label; the code takes those of the labels themselves, one too far.
+Source: He et al., "SEEKR: Selective Attention-Guided Knowledge Retention for Continual Learning of Large Language
+Models", arXiv:2411.06171, Eq. 6-13 and Alg. 1, and its code at github.com/jinghan1he/SEEKR. METHODS.md lists where they
+disagree.
+Deviation: L_ld stands at the positions that predict a label; the code takes those of the labels, one too far.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class SEEKRConfig(ReplayDistillationConfig):
     attention: Literal["weights", "outputs"] = field(
         default="weights",
         metadata={
-            "help": "What heads must keep: their attention weights (the paper), or their outputs, as a relative squared "
-            "error: far smaller to store, and exact with kernels that never build the weights."
+            "help": "What heads must keep: their attention weights (the paper), or their outputs, as a relative "
+            "squared error: far smaller to store, and exact with kernels that never build the weights."
         },
     )
     layers: int | None = field(
@@ -170,8 +171,8 @@ def combined_importance(sums: Mapping[str, Tensor], rule: str) -> Tensor:
 class SEEKR(ReplayDistillation[SEEKRConfig]):
     """Selective attention-guided knowledge retention. Logs `seekr/logits` and `seekr/attention`, weights included.
 
-    State, beside the buffer: `modules_` (attention modules, in order), `sensitivity_` (S~), `forgettability_` (F) of the
-    last task and `importance_` (I), each [modules, heads]; their sums over tasks; `plans_` (heads by task and module);
+    State, beside the buffer: `modules_` (attention modules, in order), `sensitivity_` (S~), `forgettability_` (F) of
+    the last task and `importance_` (I), each [modules, heads]; `sums_` over tasks; `plans_` (heads by task and module);
     `drift_` (after which task, of which task: L_ad on its stored rows).
     """
 
