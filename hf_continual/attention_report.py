@@ -469,6 +469,7 @@ def plot_drift(lines: Sequence[DriftLine], tasks: Sequence[str], path: str | Pat
         axes.set_xlim(0.6, len(tasks) - 0.6)
         axes.set_xticks(range(1, len(tasks)), [short_name(task) for task in tasks[1:]])
         axes.tick_params(labelsize=7, length=2)
+        axes.yaxis.get_offset_text().set_fontsize(7)
         for label in axes.get_xticklabels():
             label.set(rotation=40, ha="right", rotation_mode="anchor")
         axes.spines[["top", "right"]].set_visible(False)

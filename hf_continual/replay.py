@@ -331,6 +331,15 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether options, keys and rows are the same; the signals are not compared."""
+        if not isinstance(other, ReplayBuffer):
+            return NotImplemented
+        rows = (None if each.rows is None else each.rows[:] for each in (self, other))
+        return self._state() == other._state() and next(rows) == next(rows)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def sizes(self) -> dict[str, int]:
         """Rows of each task, by its name; 0 for a task that left none."""
@@ -353,16 +362,15 @@ class ReplayBuffer:
         Raises:
             InputError: if there are rows of another model or tokenizer.
         """
-        for what, key in (("model", model_key), ("tokenizer", tokenizer_key)):
+        given = {"model": model_key, "tokenizer": tokenizer_key}
+        for what, key in given.items():
             held = self._keys[what]
             if len(self) and None not in (key, held) and key != held:
                 raise InputError(
                     f"the buffer holds rows of another {what} ({str(held)[:12]}, not {str(key)[:12]}); use the model "
                     "and tokenizer it was made with, or start with an empty buffer"
                 )
-        for what, key in (("model", model_key), ("tokenizer", tokenizer_key)):
-            if key is not None:
-                self._keys[what] = key
+        self._keys = {**self._keys, **{what: key for what, key in given.items() if key is not None}}
 
     # -- rows in, rows out -------------------------------------------------------------------------------------------
 
@@ -443,10 +451,11 @@ class ReplayBuffer:
         if chosen:
             self.rows = append_rows(self.rows, dataset, chosen)
         places = {row: place for place, row in enumerate(best)}
-        self.ids += [f"{task_index:03d}-{row:07d}" for row in chosen]
-        self.tasks += [task_index] * len(chosen)
-        self._order += [places[row] for row in chosen]
-        self._names[task_index] = task_name
+        # New lists: a shallow copy from before the task stays as it was.
+        self.ids = [*self.ids, *(f"{task_index:03d}-{row:07d}" for row in chosen)]
+        self.tasks = [*self.tasks, *[task_index] * len(chosen)]
+        self._order = [*self._order, *(places[row] for row in chosen)]
+        self._names = {**self._names, task_index: task_name}
         self._seen += len(dataset)
         return self._keep(self._staying(task_index))
 
@@ -488,6 +497,19 @@ class ReplayBuffer:
 
     # -- state -------------------------------------------------------------------------------------------------------
 
+    def _state(self) -> dict[str, Any]:
+        """All but rows and signals, as JSON has it."""
+        return {
+            "options": self.options(),
+            "sizes": self.sizes,
+            "names": {str(index): name for index, name in self._names.items()},
+            "ids": self.ids,
+            "tasks": self.tasks,
+            "order": self._order,
+            "seen": self._seen,
+            "keys": self._keys,
+        }
+
     def save(self, folder: Path) -> None:
         """Write the rows (as `datasets.Dataset.save_to_disk`), the signals, and a record with a hash of every file."""
         folder = Path(folder)
@@ -503,19 +525,7 @@ class ReplayBuffer:
         files = {name: _fingerprint(path) for name, path in sorted(_files(folder).items())}
         if self.signals is not None:
             self.signals.save(folder / SIGNALS)
-        record = {
-            "schema": SCHEMA,
-            "options": self.options(),
-            "sizes": self.sizes,
-            "names": {str(index): name for index, name in self._names.items()},
-            "ids": self.ids,
-            "tasks": self.tasks,
-            "order": self._order,
-            "seen": self._seen,
-            "keys": self._keys,
-            "signals": self.signals is not None,
-            "files": files,
-        }
+        record = {"schema": SCHEMA, **self._state(), "signals": self.signals is not None, "files": files}
         write_json(folder / RECORD, {**record, "sha256": _digest(record)})
 
     def load(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from test_report import image, write_run
 from test_skill_report import edit, rows_of
 
+from hf_continual import attention_report
 from hf_continual.attention import select_heads
 from hf_continual.attention_report import (
     HeadScores,
     TaskAttention,
     drift_comparison,
+    drift_lines,
     module_rows,
     plot_drift,
     plot_head_importance,
@@ -255,7 +258,7 @@ def test_rows_of_real_models():
         assert module_rows(tap.names)[1][-1] == "decoder 1 cross" and len(set(module_rows(tap.names)[1])) == 6
 
 
-@pytest.mark.parametrize(("modules", "heads", "tasks"), [(30, 9, 1), (32, 32, 9)])
+@pytest.mark.parametrize(("modules", "heads", "tasks"), [(30, 9, 1), (32, 32, 8)])
 def test_heat_maps_stay_readable(tmp_path, modules, heads, tasks):
     found = [TaskAttention(f"task{i}", i, scores((modules, heads), i), {}, {}) for i in range(tasks)]
     drawn = image(plot_head_importance(found, tmp_path / "map.png", "a title"))
@@ -284,6 +287,51 @@ def test_heat_maps_show_the_numbers(tmp_path):
     assert outlines[0] == 0 and outlines[2] == pytest.approx(4 * outlines[1], rel=0.1) and outlines[1] > 100
     with pytest.raises(InputError, match="no task has scores"):
         draw(with_(heads, score=np.zeros((4, 4))))
+
+
+def test_the_last_tasks_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_report, "PANELS", 2)
+
+    def draw(changed):
+        seeds = [100 if i == changed else i for i in range(3)]
+        tasks = [TaskAttention("a", i, scores((2, 2), seed), {}, {}) for i, seed in enumerate(seeds)]
+        return image(plot_head_importance(tasks, tmp_path / "map.png"))
+
+    plain = draw(None)
+    assert (plain == draw(0)).all() and (plain != draw(2)).any()
+
+
+def test_rows_keep_their_scores_and_plans(tmp_path):
+    listed = ["encoder.block.0.layer.0.SelfAttention"]
+    listed += [f"decoder.block.{i}.layer.{j}" for i in (0, 1) for j in ("0.SelfAttention", "1.EncDecAttention")]
+    order = [0, 1, 3, 2, 4]
+    heads = scores((5, 3), modules=listed)
+    arrays = {name: getattr(heads, name)[order] for name in ("score", "chosen", "sensitivity")}
+    sorted_ = HeadScores(modules=[listed[i] for i in order], symbol="I", forgettability=None, **arrays)
+    drawn = [
+        image(plot_head_importance([TaskAttention("a", 0, each, {}, {})], tmp_path / "map.png"))
+        for each in (heads, sorted_)
+    ]
+    assert (drawn[0] == drawn[1]).all()
+
+
+def test_drift_lines(tmp_path):
+    nan = math.nan
+    three = (*SENSITIVITY, SENSITIVITY[0]), (*FORGETTABILITY, FORGETTABILITY[0])
+    whole = {"tasks": ("news", "reviews", "mail"), "sensitivity": three[0], "forgettability": three[1]}
+    one = read_attention(load_run(write_seekr(tmp_path / "a", **whole)))
+    lines = {line.label: line.values for line in drift_lines({"seekr": [one]})}
+    assert list(lines) == ["news", "reviews", "mean"]
+    np.testing.assert_allclose(lines["news"], [[nan, 0.02, 0.03]])
+    np.testing.assert_allclose(lines["reviews"], [[nan, nan, 0.01]])
+    np.testing.assert_allclose(lines["mean"], [[nan, 0.02, 0.02]])
+    short = read_attention(load_run(write_seekr(tmp_path / "b")))
+    off = read_attention(load_run(write_seekr(tmp_path / "c", drift={})))
+    (line,) = drift_lines({"seekr": [one, short], "off": [off]})
+    assert line.label == "seekr" and line.unit == one.unit
+    np.testing.assert_allclose(line.values, [[nan, 0.02, 0.02], [nan, 0.02, nan]])
+    # With two tasks there is one line: a mean would lie on it.
+    assert [each.label for each in drift_lines({"seekr": [short]})] == ["news"]
 
 
 def test_equal_scores_can_be_drawn(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 from collections import Counter
@@ -265,6 +266,24 @@ def test_given_indices_are_kept():
             buffer.add(1, "b", numbers(5), indices=wrong)
 
 
+def test_equality_is_of_options_keys_and_rows():
+    assert filled() == filled() and ReplayBuffer() == ReplayBuffer()
+    assert filled() != filled(1) and filled() != filled(seed=1) and filled() != filled(rows=9) and filled() != 3
+    bound, other = filled(), ReplayBuffer(count=3)
+    bound.bind("m", None)
+    for index in range(2):
+        other.add(index, f"t{index}", numbers(10, labels=[7] * 10))
+    assert other.ids == filled().ids and filled() not in (bound, other)
+
+
+def test_a_shallow_copy_keeps_the_rows_from_before():
+    buffer = filled(1, total=4, count=None)
+    before = copy.copy(buffer)
+    buffer.bind("m", "t")
+    buffer.add(1, "t1", numbers(10, labels=[1] * 10))
+    assert before == filled(1, total=4, count=None) != buffer and len(before.rows) == len(before.ids) == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [{"ratio": 1.5}, {"ratio": -0.1}, {"ratio": float("nan")}, {"count": -1}, {"count": 1.5}, {"total": 0},
@@ -289,7 +308,7 @@ def test_state_round_trip(tmp_path, options):
     assert content(tmp_path / "a") == content(tmp_path / "b")
     for name in ("ids", "tasks", "sizes"):
         assert getattr(again, name) == getattr(buffer, name)
-    assert (again.rows and again.rows.to_dict()) == (buffer.rows and buffer.rows.to_dict())
+    assert again == buffer and (again.rows is None) == (len(buffer) == 0)
     # What follows is the same too, and the folder is no longer needed.
     for path in (tmp_path / "a").iterdir():
         path.unlink()

@@ -21,6 +21,7 @@ here it is drawn once, when task i ends. floor(ratio n) = 0 becomes 1, so that s
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -128,7 +129,9 @@ class Replay(ContinualMethod[ReplayConfig]):
         return TrainingPhase(f"{self.name}/after", self.buffer_.rows, options)
 
     def on_task_end(self, ctx: MethodContext) -> None:
-        self.buffer_.add(ctx.task.index, ctx.task.name, self._current, features=lambda rows: features_of(ctx, rows))
+        buffer = copy.copy(self.buffer_)  # as with other state, whoever holds the old one keeps it
+        buffer.add(ctx.task.index, ctx.task.name, self._current, features=lambda rows: features_of(ctx, rows))
+        self.buffer_ = buffer
         self.sizes_ = self.buffer_.sizes
         self._current = None
 
