@@ -338,8 +338,6 @@ class ReplayBuffer:
         rows = (None if each.rows is None else each.rows[:] for each in (self, other))
         return self._state() == other._state() and next(rows) == next(rows)
 
-    __hash__ = None  # type: ignore[assignment]
-
     @property
     def sizes(self) -> dict[str, int]:
         """Rows of each task, by its name; 0 for a task that left none."""
