@@ -136,3 +136,51 @@ def test_only_two_floats_a_weight_stay(skills):
     tracker = ImportanceTracker(units)
     assert 8 * elements <= skills.lasting_bytes(lambda: tracker.update_lists(weights, gradients)) <= 8 * elements + 64
     assert skills.lasting_bytes(lambda: tracker.update_lists(weights, gradients)) == 0
+
+
+# -- attention distillation --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attention():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield load("attention_distillation")
+
+
+def test_measures_attention_distillation_and_the_buffer(attention, tmp_path, capsys):
+    out = tmp_path / "attention.json"
+    found = attention.main(
+        ["--length", "48", "--hidden", "32", "--model_heads", "8", "--heads", "2", "--rows", "6", "--vocabulary", "50",
+         "--steps", "2", "--warmup", "1", "--disk_rows", "2", "--disk_length", "128", "--device", "cpu",
+         "--out", str(out)]
+    )  # fmt: skip
+    assert json.loads(out.read_text())["steps"].keys() == found["steps"].keys()
+    saved, modes = found["steps"]["saved_bytes"], attention.MODES
+    assert list(saved) == list(modes) and all(found["steps"]["ratios"][mode]["median"] > 0 for mode in modes[1:])
+    # What is counted, exactly: (student - teacher) of 2 heads x 6 rows x 48 keys in each of 2 layers, and indices.
+    kept = 2 * 2 * 6 * 48 * 4
+    assert kept <= saved["heads, rows"] - saved["replay"] < 3 * kept
+    assert saved["heads, all rows"] - saved["replay"] >= 8 * kept
+    assert saved["recomputed"] < saved["heads, rows"] < saved["heads, all rows"] < saved["reference"]
+    row = 128 * 100 * 128 * 2
+    assert 2 * row < found["disk"]["bytes"] < 2.2 * row + 2 * 32 * 256 * 8
+    assert "heads, rows" in capsys.readouterr().out
+
+
+def test_all_modes_have_the_gradients_of_what_they_say(attention):
+    """Without budgets the selected heads are all heads: our loss and gradient equal those of the published way."""
+    options = attention.make_parser().parse_args(
+        ["--length", "24", "--hidden", "32", "--model_heads", "4", "--heads", "4", "--rows", "24", "--vocabulary", "50",
+         "--device", "cpu"]
+    )  # fmt: skip
+    modes, found = attention.Modes(options), {}
+    for mode in ("heads, rows", "heads, all rows", "recomputed", "reference"):
+        modes.model.zero_grad(set_to_none=True)
+        loss = modes.loss(mode)
+        loss.backward()
+        found[mode] = loss.detach(), [p.grad.clone() for p in modes.model.parameters()]
+    for mode, (loss, gradients) in found.items():
+        assert torch.allclose(loss, found["reference"][0], rtol=1e-4), mode
+        for ours, theirs in zip(gradients, found["reference"][1], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=2e-5), mode

@@ -37,6 +37,13 @@ def test_each_task_holds_all_signals_at_no_cost(finished):
     assert chosen == 4 and all(torch.isfinite(a.values).all() for a in signal.attention.values())
 
 
+def test_report_shows_heads_and_drift(finished, tmp_path, capsys):
+    assert main(["report", str(finished), "-o", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## Attention" in text and "head_importance.png" in text and "attention_drift.png" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("head_importance.png", "attention_drift.png"))
+
+
 @pytest.mark.parametrize("point", SIGNAL_POINTS)
 def test_killed_and_continued(finished, tmp_path, point):
     run = tmp_path / "run"
