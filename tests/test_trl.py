@@ -100,7 +100,7 @@ def test_two_tasks_with_migu_and_replay(tmp_path):
         steps.append(len(trainer.get_train_dataloader()))
         assert trainer.evaluate()["eval_loss"] > 0
     assert steps == [3, 3] and methods[1].sizes_ == {"task0": 4, "task1": 4} and methods[0].tasks_done_ == 2
-    assert set(methods[1].buffer_.column_names) >= {"input_ids", "labels"}
+    assert set(methods[1].buffer_.rows.column_names) >= {"input_ids", "labels"}
     moved = {n: (p != before[n]).any(1).float().mean() for n, p in weights(model).items() if "lora_B" in n}
     assert moved and all(0 < share <= 0.5 for share in moved.values())
     assert hook_count(model) == 0

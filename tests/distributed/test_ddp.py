@@ -27,13 +27,14 @@ STREAMS = {
     "weight_ensemble": ["weight_ensemble"],
     "weight_ema": [{"name": "weight_ema", "decay": 0.5}],
     "fisher_merge": ["fisher_merge"],
+    "replay-herding": [{"name": "replay", "count": 8, "mixing": "alternate", "policy": "herding"}],
     "derpp": [{"name": "derpp", "count": 8}],
     "seekr": [{"name": "seekr", "count": 8, "layers": 2, "heads": 5, "query_rows": 4, "attention_weight": 10}],
     "seekr-summed": [
         {"name": "seekr", "count": 8, "loss_mix": "summed", "teacher": "previous", "attention_weight": 10}
     ],
 }
-ALTERNATE = ("derpp", "seekr")
+ALTERNATE = ("replay-herding", "derpp", "seekr")
 SCORES = ("raw_", "coefficients_", "sensitivity_", "forgettability_", "importance_")
 
 
@@ -108,6 +109,7 @@ def context():
         ("weight_ensemble", True, 1),
         ("weight_ema", False, 1),
         ("fisher_merge", True, 2),
+        ("replay-herding", True, 1),
         ("derpp", False, 1),
         ("seekr", True, 1),
         ("seekr-summed", True, 1),
