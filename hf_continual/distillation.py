@@ -209,8 +209,6 @@ class ReplayDistillationConfig:
 
     def __post_init__(self) -> None:
         check_buffer(self.ratio, self.count, self.total, self.policy, self.seed)
-        if self.ratio == 0 and self.count is None and self.total is None:
-            raise InputError(f"ratio={self.ratio!r} must lie in (0, 1]; leave the method out to keep no rows")
         for option in ("count", "replay_batch_size", "top_k"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -280,6 +280,8 @@ class Signals(Protocol):
 def check_buffer(ratio: float, count: int | None, total: int | None, policy: str, seed: int) -> None:
     """Refuse options of a [`ReplayBuffer`] that cannot be."""
     check_sizes(ratio, count)
+    if ratio == 0 and count is None and total is None:
+        raise InputError(f"ratio={ratio!r} must lie in (0, 1]; count: 0 keeps no rows")
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
         raise InputError(f"total={total!r} must be a whole number, at least 1")
     if total is not None and count is not None:
@@ -300,8 +302,8 @@ class ReplayBuffer:
         signals: what is stored beside the rows, such as a teacher's logits; None for nothing.
 
     Args:
-        ratio: share of each task; 0 keeps nothing.
-        count: rows of each task; overrides `ratio`.
+        ratio: share of each task, in (0, 1]; at least one row.
+        count: rows of each task; overrides `ratio`, and 0 keeps nothing.
         total: rows in all; overrides `ratio`. Tasks have equal shares, and with `policy="reservoir"` every row that was
             ever seen the same chance. Rows that no longer fit leave.
         policy: `random`; `first_n` (of the file); `reservoir` (algorithm R); `class_balanced` (as many rows of each

@@ -126,7 +126,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
     config_class = AGEMConfig
     supports = frozenset({"single", "ddp"})
     paper = "arxiv:1812.00420"
-    neutral = {"ratio": 0.0}
+    neutral = {"count": 0}
 
     def __init__(self, config: AGEMConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)

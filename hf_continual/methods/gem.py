@@ -164,7 +164,7 @@ class GEM(ContinualMethod[GEMConfig]):
     config_class = GEMConfig
     supports = frozenset({"single", "ddp"})
     paper = "arxiv:1706.08840"
-    neutral = {"ratio": 0.0}
+    neutral = {"count": 0}
 
     def __init__(self, config: GEMConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)

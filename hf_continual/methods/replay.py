@@ -93,7 +93,7 @@ class Replay(ContinualMethod[ReplayConfig]):
     supports = frozenset({"single", "ddp"})
     owns = frozenset({"replay"})
     paper = "arxiv:2406.17245"
-    neutral = {"ratio": 0.0}
+    neutral = {"count": 0}
 
     def __init__(self, config: ReplayConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
