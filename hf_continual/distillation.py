@@ -470,13 +470,12 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         task = ctx.task
-        rows = [dict(self._rows[i]) for i in self._chosen]
-        self.choose_heads(ctx, rows)
+        self.choose_heads(ctx)
         if self.config.teacher == "tasks":
             self.teachers_ |= {f"{task.index:03d}/{n}": t for n, t in trainable_state(ctx.model).items()}
             self.adapters_[f"{task.index:03d}"] = ctx.lora.adapters
         if self.config.teacher == "cached":
-            self._write_signals(ctx, rows, self.row_ids(task.index))
+            self._write_signals(ctx)
         self.buffer_.add(task.index, task.name, self._rows, self._chosen, self._features)
         self.drawn_ = 0
         self._rows, self._chosen, self._before, self._features = None, [], {}, None
@@ -486,7 +485,13 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         """The ids that the buffer gives the chosen rows."""
         return [f"{task:03d}-{row:07d}" for row in self._chosen]
 
-    def choose_heads(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]]) -> None:
+    def own_rows(self, ctx: MethodContext) -> Iterator[tuple[str, dict[str, Any], RowLayout]]:
+        """Id, batch and layout of each chosen row of this task, one at a time."""
+        for row_id, index in zip(self.row_ids(ctx.task.index), self._chosen, strict=True):
+            batch = ctx.make_batch([dict(self._rows[index])])
+            yield row_id, batch, row_layout(ctx.model, batch, self.shift_logits)
+
+    def choose_heads(self, ctx: MethodContext) -> None:
         """Before the signals are taken: which heads of the task's own rows they are of."""
 
     def signal_key(self, ctx: MethodContext) -> dict[str, str]:
@@ -497,21 +502,28 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
             "logits": f"top_k={self.config.top_k}, shift={self.shift_logits}",
         }
 
-    def _write_signals(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> None:
+    def _write_signals(self, ctx: MethodContext) -> None:
         """Signals of the task's own rows; the first process computes them, all read them."""
         store = self.store
         store.key[f"teacher:{ctx.task.index:03d}"] = teacher_hash(trainable_state(ctx.model))
         if ctx.dist.is_main:
             with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
-                for row, row_id in zip(rows, ids, strict=True):
+                for row_id, batch, layout in self.own_rows(ctx):
                     if not store.has(row_id):
-                        store.write(row_id, self._signals(ctx, row, row_id))
+                        store.write(row_id, self._signals(ctx, row_id, batch, layout))
         ctx.dist.barrier()
-        assert all(store.has(row_id) for row_id in ids)
+        self._see(store, ctx)
 
-    def _signals(self, ctx: MethodContext, row: Mapping[str, Any], row_id: str) -> RowSignals:
-        batch = ctx.make_batch([row])
-        layout = row_layout(ctx.model, batch, self.shift_logits)
+    def _see(self, store: SignalStore, ctx: MethodContext) -> None:
+        """Take up what the first process has written."""
+        for row_id in self.row_ids(ctx.task.index):
+            if not store.has(row_id):
+                raise InputError(
+                    f"method '{self.name}': {store.folder} lacks the signals that the first process has written there; "
+                    "give all processes an output_dir on one shared file system"
+                )
+
+    def _signals(self, ctx: MethodContext, row_id: str, batch: Mapping[str, Any], layout: RowLayout) -> RowSignals:
         request = self.capture_kwargs(row_id, layout)
         logits = ctx.model(**without_labels(ctx.model, batch), **request).logits
         if logits.dim() == 3:

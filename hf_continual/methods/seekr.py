@@ -21,6 +21,7 @@ Deviation: L_ld stands at the positions that predict a label; the code takes tho
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,14 +54,13 @@ from ..distillation import (
     logit_kl,
     logits_at,
     query_rows,
-    row_layout,
     take_rows,
     teacher_forward,
     trainable_copy,
     without_labels,
 )
 from ..errors import InputError
-from ..signals import AttentionSignal
+from ..signals import AttentionSignal, RowSignals, SignalStore
 from .base import MethodContext
 
 __all__ = ["SEEKR", "SEEKRConfig", "attention_kl", "head_sensitivity", "select_heads"]
@@ -270,12 +270,6 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _needs_change(self) -> bool:
         return self._attends and self.config.head_choice in ("importance", "forgettability")
 
-    def _own_rows(self, ctx: MethodContext) -> Iterator[tuple[str, dict[str, Any], RowLayout]]:
-        """Id, batch and layout of each chosen row of this task, one at a time."""
-        for row_id, index in zip(self.row_ids(ctx.task.index), self._chosen, strict=True):
-            batch = ctx.make_batch([dict(self._rows[index])])
-            yield row_id, batch, row_layout(ctx.model, batch, self.shift_logits)
-
     def _all_heads(self, row_id: str, layout: RowLayout) -> dict[str, LayerTarget]:
         return {name: self._target(name, range(self._num_heads), row_id, layout) for name in self._modules}
 
@@ -327,22 +321,45 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
 
     # -- the end of a task -------------------------------------------------------------------------------------------
 
-    def _capture_before(self, ctx: MethodContext) -> dict[str, Any]:
-        """Queries and keys of all heads on the chosen rows, before the task: full fine-tuning has no other way back."""
-        found = {}
-        with AttentionTap(ctx.model, self.name), evaluating(ctx.model), torch.no_grad(), ctx.autocast():
-            for row_id, batch, layout in self._own_rows(ctx):
-                request = Capture("qk", self._all_heads(row_id, layout))
-                ctx.model(**without_labels(ctx.model, batch), **{KWARG: request})
-                found[row_id] = {n: tuple(t.cpu() for t in v) for n, v in request.values.items()}
-        return found
+    def _capture_before(self, ctx: MethodContext) -> SignalStore:
+        """Queries and keys of all heads on the chosen rows, on disk: full fine-tuning has no other way back.
 
-    def choose_heads(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]]) -> None:
+        In the dtype of the model, so that nothing is lost: F squares small differences.
+        """
+        assert ctx.folder is not None
+        folder, dtype = ctx.folder / f"{self.name}-before", next(ctx.model.parameters()).dtype
+        if ctx.dist.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            store = SignalStore(folder)
+            with AttentionTap(ctx.model, self.name), evaluating(ctx.model), torch.no_grad(), ctx.autocast():
+                for row_id, batch, layout in self.own_rows(ctx):
+                    request = Capture("qk", self._all_heads(row_id, layout))
+                    ctx.model(**without_labels(ctx.model, batch), **{KWARG: request})
+                    # As padded as the batch of one row, which will be the same after the task.
+                    lengths = {self._sides[n][1]: key.shape[2] for n, (_, key, *_) in request.values.items()}
+                    signals = {}
+                    for name, (query, key, *bias) in request.values.items():
+                        heads, rows = request.layers[name].heads[0], request.layers[name].rows[0]
+                        signals[name] = signal = AttentionSignal("qk", self._sides[name], heads, rows)
+                        signal.query, signal.key = query[0].to(dtype), key[0].to(dtype)
+                        signal.values = bias[0][0].to(dtype) if bias else None
+                    store.write(row_id, RowSignals(lengths, None, signals))
+        ctx.dist.barrier()
+        store = SignalStore(folder)
+        self._see(store, ctx)
+        return store
+
+    def choose_heads(self, ctx: MethodContext) -> None:
         if not self._attends:
             return
         self.modules_ = list(self._modules)
         with AttentionTap(ctx.model, self.name):
             sensitivity, change = self._scores(ctx)
+        if self._maps_before is not None:
+            ctx.dist.barrier()
+            if ctx.dist.is_main:
+                shutil.rmtree(self._maps_before.folder)
+            self._maps_before = None
         share = sensitivity / sensitivity.sum(1, keepdim=True).clamp_min(torch.finfo(sensitivity.dtype).tiny)
         if self.config.normalise_scores:
             change = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
@@ -371,7 +388,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         """S and F of this task, each [modules, heads], float64: means over the chosen rows."""
         sensitivity = torch.zeros(len(self._modules), self._num_heads, dtype=torch.float64)
         change = torch.zeros_like(sensitivity)
-        for row_id, batch, layout in self._own_rows(ctx):
+        for row_id, batch, layout in self.own_rows(ctx):
             inputs = {k: v for k, v in batch.items() if k not in OWN_COLUMNS}
             request = Sensitivity(masked=self.config.masked_scores)
             with evaluating(ctx.model), ctx.autocast():
@@ -386,7 +403,10 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         """Mean squared difference of each head's weights on one row from before the task; [modules, heads]."""
         targets = self._all_heads(row_id, layout)
         if self._maps_before is not None:
-            before = {n: tuple(t.to(self._device) for t in v) for n, v in self._maps_before[row_id].items()}
+            before = {
+                name: tuple(t[None].to(self._device).float() for t in (s.query, s.key, s.values) if t is not None)
+                for name, s in self._maps_before.read(row_id).attention.items()
+            }
         else:
             capture = Capture("qk", targets)
             teacher_forward(ctx, self._before, {**inputs, KWARG: capture})
@@ -432,12 +452,12 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
             key["attention"] = f"{c.attention}, {c.attention_store}, {budgets}, by {chosen}"
         return key
 
-    def _write_signals(self, ctx: MethodContext, rows: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> None:
+    def _write_signals(self, ctx: MethodContext) -> None:
         if not self._attends:
-            super()._write_signals(ctx, rows, ids)
+            super()._write_signals(ctx)
             return
         with AttentionTap(ctx.model, self.name):
-            super()._write_signals(ctx, rows, ids)
+            super()._write_signals(ctx)
             if self.config.track_drift and len(self.buffer_):
                 self._measure_drift(ctx)
 
