@@ -2,16 +2,19 @@
 
 import copy
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from contract import MethodContract, check_exact
 from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq
 
+from hf_continual import ContinualTrainer, ContinualTrainingArguments
 from hf_continual.errors import InputError
 from hf_continual.methods.base import MethodList
 from hf_continual.methods.seekr import SEEKR, attention_kl, combined_importance, head_sensitivity, select_heads
-from hf_continual.testing import close, equal, tiny_model, toy_rows, train_task, weights
+from hf_continual.testing import close, equal, tiny_model, toy_rows, toy_tokenizer, train_task, weights
 
 SMALL = {"layers": 2, "heads": 3, "query_rows": 4}
 
@@ -245,6 +248,107 @@ def test_attention_distillation_lowers_drift_on_old_tasks(tmp_path):
     without, distilled = drift(0.0), drift(1e3)
     for task in ("task0", "task1"):
         assert distilled[task] < 0.6 * without[task], (distilled, without)
+
+
+class Watch(SEEKR):
+    """Keeps what was logged and the targets of each batch of stored rows."""
+
+    name = "seekr"
+
+    def extra_loss(self, ctx, batch, outputs):
+        losses = super().extra_loss(ctx, batch, outputs)
+        if losses:
+            self.seen = [*getattr(self, "seen", []), ({k: float(v.detach()) for k, v in losses.items()}, self._teacher)]
+        return losses
+
+
+def uneven_rows(seed):
+    """Rows of different lengths with prompts that carry no loss."""
+    rows = [dict(row) for row in toy_rows(seed=seed, length=14)]
+    for number, row in enumerate(rows):
+        length = 7 + number % 7
+        for name in row:
+            row[name] = row[name][:length]
+        row["labels"] = [-100] * 3 + row["labels"][3:]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("attention", ["weights", "outputs"])
+def test_padding_on_either_side_gives_the_same_losses(tmp_path, attention):
+    """Also where the batch of one row, from which signals are taken, is padded: to a multiple of 8."""
+
+    def losses(side):
+        tokenizer = toy_tokenizer()
+        tokenizer.padding_side = side
+        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+        method, model = Watch(count=4, query_rows=5, attention=attention), tiny_model(lora=True)
+        for index in range(2):
+            args = ContinualTrainingArguments(
+                output_dir=str(tmp_path / f"{side}{index}"), per_device_train_batch_size=4, use_cpu=True,
+                learning_rate=1e-2, report_to="none", save_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            trainer = ContinualTrainer(
+                model, args, train_dataset=uneven_rows(index), data_collator=collator, methods=[method]
+            )
+            trainer.train()
+        starts = {int(target.rows.min()) for target in method.seen[0][1].attention.values()}
+        return [logged for logged, _ in method.seen], method.importance_, starts
+
+    right, importance, _ = losses("right")
+    left, other, starts = losses("left")
+    assert len(right) == 3 and starts != {0}  # one batch of stored rows an epoch
+    for name in ("seekr/attention", "seekr/logits"):
+        assert left[0][name] == pytest.approx(right[0][name], rel=2e-2) and right[0][name] > 1e-5
+    assert torch.allclose(importance, other, rtol=1e-3)
+
+
+def test_signals_are_taken_without_dropout(tmp_path):
+    method, model = SEEKR(count=2, query_rows=0), tiny_model(lora=True, dropout=0.5)
+    train_task(model, toy_rows(), [method], tmp_path)
+    row_id = method.buffer_.ids[0]
+    signal, ids = method.buffer_.signals.read(row_id), torch.tensor([method.buffer_.rows[0]["input_ids"]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits[0, :-1]
+    assert torch.allclose(signal.logits.values, expected, atol=1e-6)
+    attentions = eager("llama", True, weights(model))(input_ids=ids, output_attentions=True).attentions
+    for name, found in signal.attention.items():
+        expected = attentions[method.modules_.index(name)][0, found.heads.long()]
+        assert torch.allclose(found.values.double(), expected, atol=1e-3)
+
+
+def test_a_global_plan_is_that_of_the_newest_task(tmp_path):
+    plans = {}
+    for plan in ("per_task", "global"):
+        method, model = Watch(count=3, teacher="previous", head_plan=plan, layers=1, heads=1), tiny_model(lora=True)
+        for index in range(3):
+            train_task(model, toy_rows(seed=index), [method], tmp_path / f"{plan}{index}")
+            if index == 1:  # so that the newest plan is another than the first
+                ((name, heads),) = method.plans_["001"].items()
+                method.plans_["001"] = {name: [(heads[0] + 1) % 4]}
+        found = {}
+        for _, teacher in method.seen[-2:]:  # six stored rows in batches of four
+            for name, target in teacher.attention.items():
+                rows = range(teacher.size) if target.batch is None else target.batch.tolist()
+                found |= {teacher.tasks[row]: (name, target.heads[i].tolist()) for i, row in enumerate(rows)}
+        plans[plan] = found | {"plans": [next(iter(method.plans_[key].items())) for key in ("000", "001")]}
+    assert plans["global"][0] == plans["global"][1] == plans["global"]["plans"][1] != plans["global"]["plans"][0]
+    assert [plans["per_task"][task] for task in (0, 1)] == plans["per_task"]["plans"]
+
+
+def test_stored_rows_weigh_what_distillation_leaves():
+    method = SEEKR(logit_weight=0.3)
+    assert method.task_loss_weight(None, {"teacher": object()}) == pytest.approx(0.7)
+    assert method.task_loss_weight(None, {}) == 1
+
+
+def test_refuses_signals_of_other_options(tmp_path):
+    method, model = SEEKR(count=2, top_k=5), tiny_model(lora=True)
+    train_task(model, toy_rows(), [method], tmp_path / "0")
+    other = SEEKR(count=2, top_k=6)
+    method.save(tmp_path / "s")
+    other.load(tmp_path / "s")
+    with pytest.raises(InputError, match="top_k=5"):
+        train_task(model, toy_rows(seed=1), [other], tmp_path / "1")
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
