@@ -1,6 +1,7 @@
 """SEEKR against an independent float64 version that looks at eager attention maps."""
 
 import copy
+import dataclasses
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq
 
 from hf_continual import ContinualTrainer, ContinualTrainingArguments
+from hf_continual.collators import TeacherBatch
 from hf_continual.errors import InputError
 from hf_continual.methods.base import MethodList
 from hf_continual.methods.seekr import SEEKR, attention_kl, combined_importance, head_sensitivity, select_heads
@@ -316,6 +318,16 @@ def test_signals_are_taken_without_dropout(tmp_path):
         assert torch.allclose(found.values.double(), expected, atol=1e-3)
 
 
+def test_scores_are_taken_without_dropout(tmp_path):
+    method, model = SEEKR(count=3, query_rows=0), tiny_model(lora=True, dropout=0.5)
+    rows, before = toy_rows(), weights(model)
+    train_task(model, rows, [method], tmp_path)
+    kept = [rows[int(row_id[4:])] for row_id in method.buffer_.ids]
+    s, f = naive_scores("llama", True, before, weights(model), kept)
+    np.testing.assert_allclose(method.sensitivity_.numpy(), s, rtol=2e-4)
+    np.testing.assert_allclose(method.forgettability_.numpy(), f, rtol=2e-3, atol=1e-12)
+
+
 def test_a_global_plan_is_that_of_the_newest_task(tmp_path):
     plans = {}
     for plan in ("per_task", "global"):
@@ -341,6 +353,41 @@ def test_stored_rows_weigh_what_distillation_leaves():
     assert method.task_loss_weight(None, {}) == 1
 
 
+def test_summed_losses_are_weighed(tmp_path):
+    """At a learning rate of 0 every loss on stored rows is proportional to `replay_weight`; default: stored / new."""
+
+    def logged(**options):
+        method, model = Watch(count=4, loss_mix="summed", **options), tiny_model(lora=True)
+        train_task(model, toy_rows(seed=0), [method], tmp_path / f"{options}0")
+        train_task(model, toy_rows(seed=1), [method], tmp_path / f"{options}1", learning_rate=0.0)
+        return method.seen[0][0]["seekr/replay"]
+
+    whole = logged(replay_weight=1.0)
+    assert whole > 1
+    assert logged(replay_weight=0.125) == pytest.approx(0.125 * whole, rel=1e-5)
+    assert logged() == pytest.approx(4 / 16 * whole, rel=1e-5)
+
+
+def test_stored_rows_are_drawn_in_turn_and_in_a_new_order_each_time(tmp_path):
+    method = SEEKR(count=5, loss_mix="summed")
+    trainer = train_task(tiny_model(), toy_rows(), [method], tmp_path)
+    ctx = dataclasses.replace(trainer.ctx, task=dataclasses.replace(trainer.ctx.task, index=1))
+    drawn = [row["replay_row"] for _ in range(10) for row in method._draw(ctx, 2)]
+    passes = [drawn[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(one) == list(range(5)) for one in passes) and len({tuple(one) for one in passes}) > 1
+    assert method.drawn_ == 20 and len(method._draw(ctx, 9)) == 5
+
+
+def test_options_reach_the_loss_and_the_signals(tmp_path):
+    method = SEEKR(count=1, recompute=True, kl_epsilon=1e-8, kl_reduction="sum", top_k=5, attention="outputs")
+    train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path)
+    request = method._distil(TeacherBatch([0], 1, [0]))
+    assert (request.recompute, request.epsilon, request.reduction, request.kind) == (True, 1e-8, "sum", "outputs")
+    signals = method.buffer_.signals.read(method.buffer_.ids[0])
+    assert signals.logits.values.shape == (9, 5) == signals.logits.indices.shape
+    assert all(a.kind == "outputs" and a.values.shape[1:] == (10, 8) for a in signals.attention.values())
+
+
 def test_refuses_signals_of_other_options(tmp_path):
     method, model = SEEKR(count=2, top_k=5), tiny_model(lora=True)
     train_task(model, toy_rows(), [method], tmp_path / "0")
@@ -360,6 +407,11 @@ def test_random_heads_and_single_factors(tmp_path):
         method = SEEKR(count=3, layers=1, heads=2, head_choice=choice)
         train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / choice)
         plans[choice] = method.plans_["000"]
+        scores = {"importance": method.importance_, "sensitivity": method.sums_["sensitivity"],
+                  "forgettability": method.sums_["change"]}  # fmt: skip
+        if choice in scores:
+            chosen = select_heads(scores[choice], 1, 2).nonzero().tolist()
+            assert [[method.modules_.index(m), h] for m, heads in plans[choice].items() for h in heads] == chosen
         assert sum(len(heads) for heads in plans[choice].values()) == 2 and len(plans[choice]) <= 1
     again = SEEKR(count=3, layers=1, heads=2, head_choice="random")
     train_task(tiny_model(lora=True), toy_rows(seed=5), [again], tmp_path / "again")
