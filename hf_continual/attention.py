@@ -124,6 +124,17 @@ def refuse_reentrant(model: nn.Module) -> None:
             raise InputError(f"gradient checkpointing with use_reentrant=True drops the attention loss; {KEEP_GRAPH}")
 
 
+def refuse_reentrant_arguments(args: Any, method: str) -> None:
+    """The same before training, by the training arguments; None is not looked at."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        options = getattr(args, f"{name}_kwargs", None) or {}
+        if getattr(args, name, False) and options.get("use_reentrant"):
+            raise InputError(
+                f"method '{method}': training.{name}_kwargs={options!r} would drop the attention loss, for a reentrant "
+                "forward has no graph; use {'use_reentrant': False}"
+            )
+
+
 def _gram(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.transpose(-1, -2) @ x
@@ -858,5 +869,6 @@ __all__ = [
     "attention_kl",
     "head_sensitivity",
     "refuse_reentrant",
+    "refuse_reentrant_arguments",
     "select_heads",
 ]

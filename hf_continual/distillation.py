@@ -178,7 +178,10 @@ class ReplayDistillationConfig:
     total: int | None = field(default=None, metadata={"help": "Rows kept in all; older tasks then give up theirs."})
     policy: Policy = field(
         default="random",
-        metadata={"help": "Which rows are kept: random (the papers), first_n (SEEKR's code), or the others of replay."},
+        metadata={
+            "help": "Which rows are kept: random (the papers), first_n (SEEKR's code), reservoir, class_balanced or "
+            "herding."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Seed of the rows that are kept and of their order."})
     teacher: Literal["cached", "previous", "tasks"] = field(
@@ -266,6 +269,8 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._planned: Any = None
         self._features: Any = None
         self._teacher: Any = None
+        self._means: dict[str, tuple[Any, int]] = {}
+        self._said = ""
 
     @property
     def store(self) -> SignalStore:
@@ -328,7 +333,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         check_rows(own, self.name, ctx.task.name)
         check_columns(own, self.buffer_.rows, self.name, ctx.task.name)
         self.buffer_.bind(model_key(ctx.model), tokenizer_key(ctx.tokenizer))
-        self._rows = own
+        self._rows, self._means = own, {}
         features = features_of(ctx, own) if self.config.policy == "herding" else None
         self._chosen = self.buffer_.choose(own, ctx.task.index, features)
         self._features = features
@@ -429,9 +434,15 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         return self.stored_loss_weight if batch.get("teacher") is not None else 1.0
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
         if self.config.loss_mix == "summed":
-            return self._summed(ctx, batch)
-        return self.distillation_losses(self._teacher, outputs) if batch.get("teacher") is not None else {}
+            losses = self._summed(ctx, batch)
+        elif batch.get("teacher") is not None:
+            losses = self.distillation_losses(self._teacher, outputs)
+        for name, loss in losses.items():
+            total, times = self._means.get(name, (0.0, 0))
+            self._means[name] = total + loss.detach().float(), times + 1
+        return losses
 
     def _summed(self, ctx: MethodContext, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """All losses of a further batch of stored rows."""
@@ -477,6 +488,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         if self.config.teacher == "cached":
             self._write_signals(ctx)
         self.buffer_.add(task.index, task.name, self._rows, self._chosen, self._features)
+        self._said = self._describe(task.name)
         self.drawn_ = 0
         self._rows, self._chosen, self._before, self._features = None, [], {}, None
         self._collator = self._planned = self._teacher = None
@@ -484,6 +496,16 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
     def row_ids(self, task: int) -> list[str]:
         """The ids that the buffer gives the chosen rows."""
         return [f"{task:03d}-{row:07d}" for row in self._chosen]
+
+    def summary(self) -> str | None:
+        return self._said
+
+    def _describe(self, task: str) -> str:
+        parts = [f"kept {self.buffer_.sizes.get(task, 0)} of {len(self._rows)} rows, {len(self.buffer_)} in all"]
+        if self.config.teacher == "cached":
+            parts.append(f"{self.store.bytes() / 2**20:.1f} MiB of signals")
+        parts += [f"{name} {float(total) / times:.3g} on average" for name, (total, times) in self._means.items()]
+        return ", ".join(parts)
 
     def own_rows(self, ctx: MethodContext) -> Iterator[tuple[str, dict[str, Any], RowLayout]]:
         """Id, batch and layout of each chosen row of this task, one at a time."""

@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+LIST = 30
+"""So many choices are listed; of more, only the nearest is named."""
+
 
 class InputError(ValueError):
     """Bad input. The command line prints the sentence alone and exits with code 2."""
@@ -19,7 +22,8 @@ class Interrupted(Exception):
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'threshold'?`` naming the nearest of `choices`, or a list of all of them."""
     choices = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    cutoff = 0.5 if len(choices) <= LIST else 0.0  # a long list helps nobody
+    near = difflib.get_close_matches(str(word), choices, n=1, cutoff=cutoff)
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; choose from: {', '.join(sorted(choices))}" if choices else ""

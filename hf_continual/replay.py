@@ -279,9 +279,10 @@ class Signals(Protocol):
 
 def check_buffer(ratio: float, count: int | None, total: int | None, policy: str, seed: int) -> None:
     """Refuse options of a [`ReplayBuffer`] that cannot be."""
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio <= 1:
+        raise InputError(f"ratio={ratio!r} must lie in (0, 1]; to keep a number of rows, or none, give count")
     check_sizes(ratio, count)
-    if ratio == 0 and count is None and total is None:
-        raise InputError(f"ratio={ratio!r} must lie in (0, 1]; count: 0 keeps no rows")
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
         raise InputError(f"total={total!r} must be a whole number, at least 1")
     if total is not None and count is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -313,7 +314,11 @@ class TaskQueue:
         """Begin every task on a model without weights."""
         methods = MethodList(copy.deepcopy(self._method_specs))
         for task in self.learnt_tasks:
-            ctx = MethodContext(model, task, Distributed(), LoraView(model), TrainerState(), 0, lambda n, v: None)
+            given = self._args if isinstance(self._args, Mapping) else vars(self._args)
+            args = SimpleNamespace(**{**given, **task.training})
+            ctx = MethodContext(
+                model, task, Distributed(), LoraView(model), TrainerState(), 0, lambda n, v: None, args=args
+            )
             methods.check(ctx)
             methods.on_task_begin(ctx)
 

@@ -242,6 +242,7 @@ class ContinualMixin(_Parent):
             folder=Path(str(self.args.output_dir)) / STATE_FOLDER,
             make_batch=partial(self._make_batch, self.data_collator),
             autocast=self.accelerator.autocast,
+            args=self.args,
         )
 
     def _make_batch(self, own: Any, rows: Sequence[Mapping[str, Any]], collator: Any = None) -> dict[str, Any]:

@@ -401,7 +401,7 @@ def test_report_of_several_variants(tmp_path):
     assert compared == {
         "seekr": ["2", "1000", *["0.03 ± 0.014"] * 3, kl],
         "no attention": ["1", "0", "0.6", "0.6", "0.6", kl],
-        "outputs": ["1", "1000", "0.6", "0.6", "0.6", "relative squared error per head"],
+        "outputs": ["1", "100", "0.6", "0.6", "0.6", "relative squared error per head"],
     }
     heads = [row for row in rows if len(row) == 8 and row[0] == "seekr"]
     assert [row[1:5] for row in heads] == [["2", "news", "2", "1"], ["2", "reviews", "2", "1"]]

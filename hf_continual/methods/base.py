@@ -63,6 +63,7 @@ class MethodContext:
         make_batch: `make_batch(rows)` is the batch that the Trainer would make of these rows, on the model's device;
             `make_batch(rows, collator)` with another collator than its own.
         autocast: `with ctx.autocast():` computes in the precision of the training.
+        args: the training arguments, to refuse what cannot work; read only.
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class MethodContext:
     folder: Path | None = None
     make_batch: Callable[..., dict[str, Any]] = field(default=_no_batches)
     autocast: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+    args: Any = None
 
 
 @runtime_checkable
@@ -403,8 +405,8 @@ class MethodList(Sequence[ContinualMethod[Any]]):
         owners: dict[str, str] = {}
         for method in self.methods:
             claims = [(f"name '{method.name}'", "give the stream one of them")]
-            claims += [(f"batch column '{c}'", "rename one") for c in method.batch_columns]
             claims += [(f"role '{role}'", "keep one of them") for role in sorted(method.roles())]
+            claims += [(f"batch column '{c}'", "rename one") for c in method.batch_columns]
             for claim, way_out in claims:
                 if claim in owners:
                     raise InputError(

@@ -40,6 +40,7 @@ from ..attention import (
     Sensitivity,
     attention_kl,
     head_sensitivity,
+    refuse_reentrant_arguments,
     select_heads,
 )
 from ..collators import TeacherBatch
@@ -73,21 +74,28 @@ class SEEKRConfig(ReplayDistillationConfig):
     logit_weight: float = field(
         default=0.5, metadata={"help": "w: weight of L_ld; the task loss on stored rows has 1 - w (the code: 0.5)."}
     )
-    attention_weight: float = field(
-        default=1e3, metadata={"help": "lambda of L_ad (the code: 1e3; the paper: 1e2 where 10 % are replayed)."}
+    attention_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "lambda of L_ad; default: 1e3 for weights (the code; the paper: 1e2 where 10 % are replayed), 1e2 "
+            "for outputs, whose relative error is several times as large a number."
+        },
     )
     attention: Literal["weights", "outputs"] = field(
         default="weights",
         metadata={
             "help": "What heads must keep: their attention weights (the paper), or their outputs, as a relative "
-            "squared error: far smaller to store, and exact with kernels that never build the weights."
+            "squared error: exact with kernels that never build the weights, and smaller to store where rows are "
+            "longer than a head is wide."
         },
     )
     layers: int | None = field(
-        default=None, metadata={"help": "Layer budget; default: 24 (the code), or all of a smaller model."}
+        default=None,
+        metadata={"help": "How many layers may have chosen heads; default: 24 (the code), or all of a smaller model."},
     )
     heads: int | None = field(
-        default=None, metadata={"help": "Head budget; default: 128 (the code), or all of those layers if fewer."}
+        default=None,
+        metadata={"help": "How many heads, in all layers together; default: 128 (the code), or all there are."},
     )
     query_rows: int = field(default=100, metadata={"help": "Random query rows of each stored row; 0: all (100)."})
     head_choice: Literal["importance", "sensitivity", "forgettability", "random"] = field(
@@ -136,6 +144,8 @@ class SEEKRConfig(ReplayDistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention_weight is None:
+            self.attention_weight = 1e2 if self.attention == "outputs" else 1e3
         check_weight("logit_weight", self.logit_weight, most=1)
         check_weight("attention_weight", self.attention_weight)
         check_weight("kl_epsilon", self.kl_epsilon)
@@ -191,7 +201,6 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         self.plans_: dict[str, dict[str, list[int]]] = {}
         self.drift_: dict[str, dict[str, float]] = {}
         self._request: Any = None
-        self._said = ""
 
     @property
     def _attends(self) -> bool:
@@ -207,6 +216,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         super().on_task_begin(ctx)
         if not self._attends:
             return
+        refuse_reentrant_arguments(ctx.args, self.name)
         with AttentionTap(ctx.model, self.name) as tap:
             modules, heads, self._sides = tap.names, tap.num_heads, tap.sides
         if self.modules_ and self.modules_ != modules:
@@ -311,7 +321,9 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
             distance = logit_kl(student, target.values, target.lse, target.indices)
             losses["seekr/logits"] = self.config.logit_weight * distance
         if self._request is not None:
-            losses["seekr/attention"] = self.config.attention_weight * self._attention_loss(self._request, teacher)
+            losses["seekr/attention"] = float(self.config.attention_weight or 0) * self._attention_loss(
+                self._request, teacher
+            )
         return losses
 
     def _attention_loss(self, request: Distil, teacher: TeacherBatch) -> Tensor:
@@ -348,6 +360,16 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         store = SignalStore(folder)
         self._see(store, ctx)
         return store
+
+    def _describe(self, task: str) -> str:
+        said = super()._describe(task)
+        if self.plans_ and self._attends:
+            plan = self.plans_[sorted(self.plans_)[-1]]
+            said += f", {sum(map(len, plan.values()))} heads in {len(plan)} layers"
+        if self.drift_.get(task):
+            drift = self.drift_[task]
+            said += f", drift of attention on earlier tasks {sum(drift.values()) / len(drift):.3g}"
+        return said
 
     def choose_heads(self, ctx: MethodContext) -> None:
         if not self._attends:
