@@ -124,14 +124,14 @@ def refuse_reentrant(model: nn.Module) -> None:
             raise InputError(f"gradient checkpointing with use_reentrant=True drops the attention loss; {KEEP_GRAPH}")
 
 
-def refuse_reentrant_arguments(args: Any, method: str) -> None:
+def refuse_reentrant_arguments(args: Any, method: str, why: str = "it would drop the attention loss") -> None:
     """The same before training, by the training arguments; None is not looked at."""
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         options = getattr(args, f"{name}_kwargs", None) or {}
         if getattr(args, name, False) and options.get("use_reentrant"):
             raise InputError(
-                f"method '{method}': training.{name}_kwargs={options!r} would drop the attention loss, for a reentrant "
-                "forward has no graph; use {'use_reentrant': False}"
+                f"method '{method}' cannot work with training.{name}_kwargs={options!r}, for {why}; use "
+                "{'use_reentrant': False}"
             )
 
 
@@ -559,7 +559,7 @@ class Sensitivity(_Request):
 
         def hook(grad: Tensor) -> None:
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                self.scores.setdefault(call_name, score(grad.transpose(1, 2)).float())
+                self.scores.setdefault(call_name, score(grad.transpose(1, 2)))
 
         call_name = call.name
         output.register_hook(hook)
@@ -641,7 +641,7 @@ class Change(_Request):
             square = (weights - call.weights(block)).square() * keys[:, None, None, :]
             found.append((square.sum(-1) * block.valid()).sum(-1))
         count = target.row_mask.sum(1) * (1 if self.normalise else keys.sum(1))
-        self.scores[call.name] = (torch.cat(found, 1) / count.clamp_min(1)[:, None]).float()
+        self.scores[call.name] = torch.cat(found, 1) / count.clamp_min(1)[:, None]
 
 
 # -- the tap -----------------------------------------------------------------------------------------------------------

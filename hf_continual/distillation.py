@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -133,10 +134,19 @@ def row_layout(model: nn.Module, batch: Mapping[str, Any], shift: bool = True) -
     first = next(batch[name] for name in ("input_ids", "inputs_embeds", "attention_mask") if name in batch)
     mask = batch.get("attention_mask")
     present = torch.ones(first.shape[1], dtype=torch.bool) if mask is None else mask[0].bool().cpu()
-    lengths, starts = {"input": int(present.sum())}, {"input": int(present.long().argmax())}
+    # The last minus the first, as in the collator: a token inside may be masked.
+    places = present.nonzero().flatten().tolist() or [0]
+    lengths, starts = {"input": places[-1] + 1 - places[0]}, {"input": places[0]}
     if labels is None:
         raise InputError("stored rows without labels have no logits to distil; give every row `labels`")
-    if labels.dim() == 1:
+    if first.shape[0] != 1:
+        raise InputError(
+            f"one row became a batch of {first.shape[0]}; stored rows need a collator that makes one of each, and no "
+            "packing"
+        )
+    if labels.dim() == 1 or labels.is_floating_point():
+        if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+            raise InputError("rows of an encoder-decoder model with one label each cannot be distilled; use 'replay'")
         return RowLayout(lengths, starts, [0])
     known = [i for i, label in enumerate(labels[0].tolist()) if label != -100]
     if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
@@ -145,7 +155,16 @@ def row_layout(model: nn.Module, batch: Mapping[str, Any], shift: bool = True) -
         return RowLayout(lengths, starts, [i - starts["decoder"] for i in known])
     start = starts["input"]
     known = [i - start for i in known]
-    return RowLayout(lengths, starts, [i - 1 for i in known if i > 0] if shift else known)
+    return RowLayout(lengths, starts, [i - 1 for i in known if i > 0] if shift and shifts_labels(model) else known)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the logits at t - 1 predict the label at t, as in decoder-only language models."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    # What transformers takes for a causal language model: also every head whose name it does not know.
+    return getattr(base, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def query_rows(length: int, budget: int, seed: int, row_id: str) -> list[int]:
@@ -218,6 +237,8 @@ class ReplayDistillationConfig:
                 raise InputError(f"{option}={value!r} must be a whole number, at least 1")
         check_choice("teacher", self.teacher, TEACHERS)
         check_choice("loss_mix", self.loss_mix, ("alternate", "summed"))
+        if self.top_k is not None and self.teacher != "cached":
+            raise InputError(f"top_k={self.top_k} is for stored logits, with teacher='cached'; leave it out")
         if self.replay_weight is not None:
             check_weight("replay_weight", self.replay_weight)
         if self.loss_mix == "alternate" and (self.replay_batch_size is not None or self.replay_weight is not None):
@@ -412,7 +433,8 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
             request = self.teacher_kwargs(teacher)
             outputs = teacher_forward(ctx, self._teacher_weights(ctx, task), {**inputs, **request})
             if teacher.logits is not None:
-                found = logits_at(outputs.logits, teacher.logits).float()
+                found = logits_at(outputs.logits, teacher.logits)
+                found = found.to(torch.promote_types(found.dtype, torch.float32))
                 values = take_rows(teacher.logits.values, found, teacher.logits.batch, task_of_row, task)
                 teacher.logits.values, teacher.logits.lse = values, values.logsumexp(-1)
             self.keep_attention(teacher, task_of_row, task)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertConfig, BertForTokenClassification
 
 from hf_continual.distillation import logit_kl, logit_mse, query_rows, row_layout, teacher_forward, trainable_copy
 from hf_continual.errors import InputError
@@ -99,6 +100,30 @@ def test_layout_of_a_seq2seq_row_and_of_a_classified_one():
     assert row_layout(tiny_model("bert"), {**batch, "labels": torch.tensor([2])}).logits == [0]
 
 
+def test_layout_of_a_row_with_a_hole_in_its_mask_and_of_token_labels():
+    batch = {
+        "input_ids": torch.zeros(1, 6, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 1, 1, 0, 1, 1]]),
+        "labels": torch.tensor([[-100, 1, -100, -100, 0, 2]]),
+    }
+    assert row_layout(tiny_model(), batch).lengths == {"input": 5}
+    config = BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
+    tagger = BertForTokenClassification(config)
+    assert row_layout(tagger, batch).logits == [0, 3, 4]  # the logits of a token are its own label's
+    assert row_layout(tiny_model("bert"), {**batch, "labels": torch.tensor([[0.0, 1.0, 1.0]])}).logits == [0]
+
+
+def test_layout_refuses_packed_rows_and_classified_encoder_decoders():
+    two = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": torch.zeros(2, 4, dtype=torch.long)}
+    with pytest.raises(InputError, match="packing"):
+        row_layout(tiny_model(), two)
+    one = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.tensor([1])}
+    with pytest.raises(InputError, match="encoder-decoder"):
+        row_layout(tiny_model("t5"), one)
+
+
 def test_query_rows_are_drawn_once_and_for_all():
     assert query_rows(7, 0, 1, "000-0000001") == query_rows(7, 9, 1, "000-0000001") == list(range(7))
     drawn = query_rows(50, 10, 1, "000-0000001")
@@ -149,6 +174,7 @@ def test_teacher_by_exchanged_weights_equals_a_merged_copy(tmp_path):
         ({"replay_batch_size": 4}, "replay_batch_size=4"),
         ({"top_k": 0}, "top_k=0"),
         ({"seed": "x"}, "seed='x'"),
+        ({"teacher": "previous", "top_k": 3}, "top_k=3"),
         ({"loss_mix": "summed", "replay_weight": -1}, "replay_weight=-1"),
     ],
 )

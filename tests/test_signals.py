@@ -503,3 +503,17 @@ def test_a_row_of_a_7b_model_takes_what_it_must(tmp_path):
     assert heads * rows * keys * 2 <= store.bytes() <= 40 * 2**20
     assert (tmp_path / "a.safetensors").stat().st_size == store.bytes()
     assert json.dumps(store.read("a").lengths) == '{"input": 1536}'
+
+
+def test_a_file_that_changed_after_it_was_loaded_is_refused(tmp_path):
+    """By its stamp, which costs a look at the file; the same content with another time is fine."""
+    store = SignalStore(tmp_path)
+    signal = RowSignals({"input": 3}, LogitSignal.from_logits(torch.randn(2, 5), torch.tensor([0, 1])))
+    store.write("000-0000001", signal)
+    path = tmp_path / "000-0000001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content)
+    assert torch.equal(store.read("000-0000001").logits.values, signal.logits.values)
+    path.write_bytes(content[:-4] + b"\x00\x00\xc0\x7f")
+    with pytest.raises(InputError, match="000-0000001.safetensors is truncated or was edited"):
+        store.read("000-0000001")

@@ -163,3 +163,14 @@ def test_without_trl_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(InputError, match=r"pip install 'hf-continual\[trl\]'$"):
         importlib.import_module(name)
+
+
+@pytest.mark.parametrize("method", ["seekr", "derpp", "lwf"])
+def test_methods_that_need_logits_are_refused_before_training(tmp_path, method):
+    args = ContinualSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=16)
+    rows = toy_stream(1)[0].train_dataset.select_columns(["prompt", "completion"])
+    trainer = ContinualSFTTrainer(
+        model=tiny_model(), args=args, train_dataset=rows, processing_class=toy_tokenizer(), methods=[method]
+    )
+    with pytest.raises(InputError, match=f"'{method}' needs logits"):
+        trainer.train()

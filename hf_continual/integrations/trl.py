@@ -52,6 +52,15 @@ class ContinualSFTTrainer(ContinualMixin, SFTTrainer):
         if self.methods.batch_columns and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.data_collator = _KeepColumns(self.data_collator, self.methods.batch_columns)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        names = [m.name for m in self.methods if m.needs_logits]
+        if names and self.compute_loss_func is None:
+            raise InputError(
+                f"method '{names[0]}' needs logits, which TRL's fused head never builds; give compute_loss_func=..., "
+                "or use ContinualTrainer"
+            )
+        return super().train(*args, **kwargs)
+
     def _loss_and_outputs(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import refuse_reentrant_arguments
 from ..distributed import GradView, flatten
 from ..errors import InputError
 from ..replay import (
@@ -134,6 +135,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
 
     def on_task_begin(self, ctx: MethodContext) -> None:
+        refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:

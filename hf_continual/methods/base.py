@@ -139,6 +139,8 @@ class ContinualMethod(Generic[ConfigT]):
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
     needs_lora: bool = False
     """Whether it works on LoRA adapters alone; a method whose options decide sets it in its constructor."""
+    needs_logits: bool = False
+    """Whether `extra_loss` reads `outputs.logits`, which trainers with a fused loss never build."""
     counts_micro_batches: bool = False
     """Whether it treats whole micro-batches differently, so that four of two rows are not one of eight."""
     neutral: ClassVar[dict[str, Any] | None] = None

@@ -56,6 +56,7 @@ class DERPP(ReplayDistillation[DERPPConfig]):
     def __init__(self, config: DERPPConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self.stored_loss_weight = self.config.beta
+        self.needs_logits = bool(self.config.alpha) and self.config.loss_mix == "alternate"
 
     def distillation_losses(self, teacher: TeacherBatch, outputs: Any) -> dict[str, Tensor]:
         target = teacher.logits

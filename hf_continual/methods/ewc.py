@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distillation import evaluating
+from ..distillation import evaluating, shifts_labels
 from ..distributed import GradView, flatten, unflatten
 from ..errors import InputError
 from ..importance import check_share
 from ..lora import trainable_parameters
 from ..replay import check_rows
 from .base import ContinualMethod, MethodContext
-from .lwf import label_positions, logits_at_labels, shifts_labels
+from .lwf import label_positions, logits_at_labels
 
 FISHERS = ("per_sample", "sampled", "trace")
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..attention import refuse_reentrant_arguments
 from ..distributed import GradView
 from ..errors import InputError
 from ..replay import Policy, ReplayBuffer
@@ -172,6 +173,7 @@ class GEM(ContinualMethod[GEMConfig]):
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
 
     def on_task_begin(self, ctx: MethodContext) -> None:
+        refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:

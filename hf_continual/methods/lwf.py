@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..distillation import teacher_forward, trainable_copy
+from ..distillation import shifts_labels, teacher_forward, trainable_copy
 from ..errors import InputError
 from .base import ContinualMethod, MethodContext
 
@@ -61,15 +61,6 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 def without_peft(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the logits at t - 1 predict the label at t, as in decoder-only language models."""
-    base = without_peft(model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return False
-    # What transformers takes for a causal language model: also every head whose name it does not know.
-    return getattr(base, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def label_positions(labels: Tensor, shift: bool) -> Tensor:
@@ -126,6 +117,7 @@ class LwF(ContinualMethod[LwFConfig]):
 
     def __init__(self, config: LwFConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
+        self.needs_logits = bool(self.config.weight)
         self._teacher: dict[str, Tensor] = {}
         self._inputs: set[str] = set()
 

@@ -99,7 +99,11 @@ class SEEKRConfig(ReplayDistillationConfig):
     )
     query_rows: int = field(default=100, metadata={"help": "Random query rows of each stored row; 0: all (100)."})
     head_choice: Literal["importance", "sensitivity", "forgettability", "random"] = field(
-        default="importance", metadata={"help": "I, or one of its factors alone, or random (the paper's ablation)."}
+        default="importance",
+        metadata={
+            "help": "I, or one factor alone, or random (the paper's ablation). sensitivity is S before it is divided "
+            "by its layer's sum, after which all layers would be equal."
+        },
     )
     importance: Literal["sum_of_products", "product_of_sums"] = field(
         default="sum_of_products", metadata={"help": "I over the tasks: as the code, or as the paper."}
@@ -169,6 +173,9 @@ class SEEKRConfig(ReplayDistillationConfig):
             raise InputError(
                 "head_plan='global' needs the maps of heads that were not stored; use teacher='previous' or 'tasks'"
             )
+        if self.attention == "outputs" and (self.kl_epsilon or self.recompute):
+            option = "kl_epsilon" if self.kl_epsilon else "recompute"
+            raise InputError(f"{option}={getattr(self, option)!r} is for attention='weights'; leave it out")
         if self.attention_store == "qk" and (self.attention == "outputs" or self.teacher != "cached"):
             raise InputError("attention_store='qk' is for attention='weights' with teacher='cached'; leave it out")
 
@@ -192,6 +199,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def __init__(self, config: SEEKRConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self.stored_loss_weight = 1 - self.config.logit_weight
+        self.needs_logits = bool(self.config.logit_weight) and self.config.loss_mix == "alternate"
         self.shift_logits = self.config.logit_shift == "correct"
         self.modules_: list[str] = []
         self.sensitivity_: Tensor | None = None
@@ -383,6 +391,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
                 shutil.rmtree(self._maps_before.folder)
             self._maps_before = None
         share = sensitivity / sensitivity.sum(1, keepdim=True).clamp_min(torch.finfo(sensitivity.dtype).tiny)
+        raw = self.sums_.get("raw", torch.zeros_like(sensitivity)) + sensitivity
         if self.config.normalise_scores:
             change = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
         self.sensitivity_, self.forgettability_ = share, change
@@ -391,11 +400,12 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
             "sensitivity": before["sensitivity"] + share,
             "change": before["change"] + change,
             "product": before["product"] + share * change,
+            "raw": raw,
         }
         self.importance_ = combined_importance(self.sums_, self.config.importance).clone()
         choice = {
             "importance": self.importance_,
-            "sensitivity": self.sums_["sensitivity"],
+            "sensitivity": self.sums_["raw"],  # S~ sums to one in every layer and could not choose between them
             "forgettability": self.sums_["change"],
             "random": torch.rand(share.shape, generator=torch.Generator().manual_seed(self.config.seed)).double(),
         }[self.config.head_choice]
@@ -486,10 +496,10 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _measure_drift(self, ctx: MethodContext) -> None:
         """L_ad on the stored rows of each earlier task."""
         found: dict[int, list[float]] = {}
-        collator = self._collator
+        collator, rows = self._collator, self._stored_rows()
         with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
             for index, task in enumerate(self.buffer_.tasks):
-                batch = ctx.make_batch([self._stored_rows()[index]], collator)
+                batch = ctx.make_batch([rows[index]], collator)
                 teacher = batch.pop("teacher").to(self._device)
                 request = self._distil(teacher)
                 ctx.model(**without_labels(ctx.model, batch), **{KWARG: request})

@@ -181,7 +181,7 @@ def test_refuses_reentrant_checkpointing(tmp_path):
     model, method = tiny_model(lora=True), AGEM(count=3)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     train_task(model, toy_rows(seed=0), [method], tmp_path / "0")
-    with pytest.raises(InputError, match="use_reentrant: false"):
+    with pytest.raises(InputError, match="use_reentrant"):
         train_task(model, toy_rows(seed=1), [method], tmp_path / "1", **options)
 
 

@@ -149,3 +149,11 @@ def test_refuses_options_that_cannot_be(options):
 @pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path):
     check_two_processes_equal_one({"name": "gem", "count": 5}, True, tmp_path)
+
+
+def test_reentrant_checkpointing_is_refused_before_the_first_task(tmp_path):
+    with pytest.raises(InputError, match="use_reentrant"):
+        train_task(
+            tiny_model(), toy_rows(), [GEM(count=2)], tmp_path, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip

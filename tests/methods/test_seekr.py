@@ -209,6 +209,41 @@ def test_losses_of_a_run_equal_a_naive_version(tmp_path, kind, options):
         assert logged["seekr/logits"] == pytest.approx(0.3 * sum(logits) / len(logits), rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize(("kind", "lora"), [("llama", True), ("t5", False)])
+def test_everything_in_double_precision_within_1e_6(tmp_path, kind, lora):
+    """A float64 run with an online teacher, of which nothing is rounded: S, F, I, L_ld and L_ad."""
+    method = Spy(count=3, query_rows=0, layers=2, heads=5, teacher="previous", attention_weight=20.0)
+    model = tiny_model(kind, lora=lora).double()
+    before, sums = [], 0
+    for index in range(2):
+        rows = toy_rows(kind, seed=index)
+        before.append(weights(model))
+        train_task(model, rows, [method], tmp_path / str(index), kind=kind)
+        kept = [rows[int(row_id[4:])] for row_id in method.buffer_.ids if row_id.startswith(f"00{index}")]
+        s, f = naive_scores(kind, lora, before[index], weights(model), kept)
+        sums = sums + s * f
+        np.testing.assert_allclose(method.sensitivity_.numpy(), s, rtol=1e-6)
+        # Eager attention rounds its maps to float32, and F is a difference of two.
+        np.testing.assert_allclose(method.forgettability_.numpy(), f, rtol=1e-5)
+        np.testing.assert_allclose(method.importance_.numpy(), sums, rtol=1e-5)
+    ((inputs, now, logged, rows, plans),) = method.seen
+    old, new, logits = [], [], []
+    for row in range(len(rows)):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        with torch.no_grad():
+            t = eager(kind, lora, before[1])(**one, output_attentions=True)
+            s = eager(kind, lora, now)(**one, output_attentions=True)
+        old.append(maps(t, kind))
+        new.append(maps(s, kind))
+        p, q = F.log_softmax(t.logits[0], -1), F.log_softmax(s.logits[0], -1)
+        if kind == "llama":
+            p, q = p[:-1], q[:-1]
+        logits += (p.exp() * (p - q)).sum(-1).tolist()
+    expected = naive_attention_loss(method, kind, inputs, rows, plans, old, new, "mean_rows")
+    assert logged["seekr/attention"] == pytest.approx(20 * expected, rel=1e-6)
+    assert logged["seekr/logits"] == pytest.approx(0.5 * sum(logits) / len(logits), rel=1e-6)
+
+
 def test_no_loss_and_no_gradient_while_the_student_is_the_teacher(tmp_path):
     """At a learning rate of 0 the student stays its own teacher: nothing but the task loss has a gradient."""
     seen = []
@@ -379,10 +414,11 @@ def test_stored_rows_are_drawn_in_turn_and_in_a_new_order_each_time(tmp_path):
 
 
 def test_options_reach_the_loss_and_the_signals(tmp_path):
-    method = SEEKR(count=1, recompute=True, kl_epsilon=1e-8, kl_reduction="sum", top_k=5, attention="outputs")
+    request = SEEKR(recompute=True, kl_epsilon=1e-8, kl_reduction="sum")._distil(TeacherBatch([0], 1, [0]))
+    assert (request.recompute, request.epsilon, request.reduction, request.kind) == (True, 1e-8, "sum", "weights")
+    method = SEEKR(count=1, top_k=5, attention="outputs")
     train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path)
-    request = method._distil(TeacherBatch([0], 1, [0]))
-    assert (request.recompute, request.epsilon, request.reduction, request.kind) == (True, 1e-8, "sum", "outputs")
+    assert method._distil(TeacherBatch([0], 1, [0])).kind == "outputs"
     signals = method.buffer_.signals.read(method.buffer_.ids[0])
     assert signals.logits.values.shape == (9, 5) == signals.logits.indices.shape
     assert all(a.kind == "outputs" and a.values.shape[1:] == (10, 8) for a in signals.attention.values())
@@ -407,7 +443,7 @@ def test_random_heads_and_single_factors(tmp_path):
         method = SEEKR(count=3, layers=1, heads=2, head_choice=choice)
         train_task(tiny_model(lora=True), toy_rows(), [method], tmp_path / choice)
         plans[choice] = method.plans_["000"]
-        scores = {"importance": method.importance_, "sensitivity": method.sums_["sensitivity"],
+        scores = {"importance": method.importance_, "sensitivity": method.sums_["raw"],
                   "forgettability": method.sums_["change"]}  # fmt: skip
         if choice in scores:
             chosen = select_heads(scores[choice], 1, 2).nonzero().tolist()
