@@ -240,7 +240,8 @@ def test_everything_in_double_precision_within_1e_6(tmp_path, kind, lora):
             p, q = p[:-1], q[:-1]
         logits += (p.exp() * (p - q)).sum(-1).tolist()
     expected = naive_attention_loss(method, kind, inputs, rows, plans, old, new, "mean_rows")
-    assert logged["seekr/attention"] == pytest.approx(20 * expected, rel=1e-6)
+    rounded = 1e-4 if kind == "llama" else 1e-6  # its eager attention takes the softmax in float32, T5's does not
+    assert logged["seekr/attention"] == pytest.approx(20 * expected, rel=rounded)
     assert logged["seekr/logits"] == pytest.approx(0.5 * sum(logits) / len(logits), rel=1e-6)
 
 
