@@ -199,7 +199,7 @@ class ReplayDistillationConfig:
         default="random",
         metadata={
             "help": "Which rows are kept: random (the papers), first_n (SEEKR's code), reservoir, class_balanced or "
-            "herding."
+            "herding (by features from before the task, for it is then that rows are chosen)."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of the rows that are kept and of their order."})
@@ -399,6 +399,11 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._planned = PlannedSignals(planned)
 
     def data_collator(self, ctx: MethodContext, collator: Any) -> Any:
+        if getattr(collator, "mlm", False):
+            raise InputError(
+                f"method '{self.name}': {type(collator).__name__} masks other tokens of a row each time, so that no "
+                "teacher's signals fit it; use 'replay', or rows that are masked once"
+            )
         if not len(self.buffer_):
             return collator
         signals = self.store if self.config.teacher == "cached" else self._planned

@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForTokenClassification
 
+from hf_continual import ContinualTrainer, ContinualTrainingArguments
 from hf_continual.distillation import logit_kl, logit_mse, query_rows, row_layout, teacher_forward, trainable_copy
 from hf_continual.errors import InputError
 from hf_continual.methods.base import make_method
 from hf_continual.signals import LogitSignal
-from hf_continual.testing import tiny_model, toy_rows, train_task, weights
+from hf_continual.testing import tiny_model, toy_rows, toy_tokenizer, train_task, weights
 
 
 def softmax(rows):
@@ -129,6 +130,21 @@ def test_query_rows_are_drawn_once_and_for_all():
     drawn = query_rows(50, 10, 1, "000-0000001")
     assert drawn == query_rows(50, 10, 1, "000-0000001") and len(set(drawn)) == 10 and drawn == sorted(drawn)
     assert len({str(query_rows(50, 10, 1, f"000-{i:07d}")) for i in range(20)}) == 20
+
+
+@pytest.mark.parametrize("method", ["derpp", "seekr"])
+def test_refuses_a_collator_that_masks_anew(tmp_path, method):
+    from transformers import DataCollatorForLanguageModeling
+
+    tokenizer = toy_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "w0"})
+    args = ContinualTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = ContinualTrainer(
+        tiny_model(), args, train_dataset=toy_rows(), methods=[method],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=True),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="masks other tokens"):
+        trainer.train()
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------
