@@ -34,9 +34,10 @@ from tabulate import tabulate
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_continual.attention import KWARG, AttentionTap, Capture, Distil, LayerTarget, attention_kl
+from hf_continual.attention import KWARG, Capture, Distil, LayerTarget, attention_kl
 from hf_continual.provenance import versions
 from hf_continual.signals import AttentionSignal, LogitSignal, RowSignals, SignalStore
+from hf_continual.taps import AttentionTap
 
 MODES = ("replay", "heads, rows", "heads, all rows", "recomputed", "outputs", "reference")
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from .collators import DistillationCollator, LogitTarget, TeacherBatch
 from .errors import InputError
+from .interleaving import InterleavedDataset
 from .lora import trainable_parameters, trainable_state
 from .methods.base import ContinualMethod, MethodContext
 from .replay import (
-    InterleavedDataset,
     Policy,
     ReplayBuffer,
     check_buffer,

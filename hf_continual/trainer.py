@@ -20,9 +20,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from .distributed import Distributed, GradientSeam, GradView
 from .errors import InputError
+from .interleaving import InterleavedDataset
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
-from .replay import InterleavedDataset
 from .tasks import Task
 
 STATE_FOLDER = "continual"

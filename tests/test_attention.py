@@ -12,7 +12,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hf_continual.attention as attention
 from hf_continual.attention import (
     KWARG,
-    AttentionTap,
     Capture,
     Change,
     Distil,
@@ -24,6 +23,7 @@ from hf_continual.attention import (
     select_heads,
 )
 from hf_continual.errors import InputError
+from hf_continual.taps import AttentionTap
 from hf_continual.testing import tiny_model
 
 LLAMA_LIKE = {"num_key_value_heads": 2, "max_position_embeddings": 64}

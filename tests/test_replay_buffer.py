@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 from hf_continual import ContinualMethod
 from hf_continual.distributed import Distributed
 from hf_continual.errors import InputError
+from hf_continual.interleaving import InterleavedDataset
 from hf_continual.replay import (
-    InterleavedDataset,
     ReplayBuffer,
     balanced_rows,
     equal_shares,

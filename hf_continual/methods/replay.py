@@ -29,8 +29,8 @@ from typing import Any, Literal, get_args
 import datasets
 
 from ..errors import InputError
+from ..interleaving import InterleavedDataset
 from ..replay import (
-    InterleavedDataset,
     Policy,
     ReplayBuffer,
     check_buffer,

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from ..attention import (
     KWARG,
-    AttentionTap,
     Capture,
     Change,
     Distil,
@@ -62,6 +61,7 @@ from ..distillation import (
 )
 from ..errors import InputError
 from ..signals import AttentionSignal, RowSignals, SignalStore
+from ..taps import AttentionTap
 from .base import MethodContext
 
 __all__ = ["SEEKR", "SEEKRConfig", "attention_kl", "head_sensitivity", "select_heads"]
