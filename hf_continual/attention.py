@@ -1,8 +1,8 @@
 """Attention of selected heads and query rows: captured, distilled and scored inside the attention function.
 
 `taps.AttentionTap` registers an attention function of its own with transformers (`ALL_ATTENTION_FUNCTIONS`), together
-with the mask function of the implementation it stands in for: without one, masks would silently be None. What to do with
-a forward travels as one keyword argument and reaches every layer, also through PEFT and gradient checkpointing:
+with the mask function of the implementation it stands in for: without one, masks would silently be None. What to do
+with a forward travels as one keyword argument and reaches every layer, also through PEFT and gradient checkpointing:
 
     with AttentionTap(model) as tap:
         request = Distil("weights", targets)
