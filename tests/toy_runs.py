@@ -49,7 +49,7 @@ def snapshot(run):
             found[name] = load_file(str(path))
         elif path.suffix == ".arrow" or "predictions" in path.parts[:-1] or path.suffix == ".jsonl":
             found[name] = path.read_bytes()
-        elif "methods" in path.parts and path.suffix == ".json":
+        elif path.suffix == ".json" and (path.parent.name == "methods" or path.name in ("buffer.json", "index.json")):
             found[name] = path.read_text()
     return found
 
