@@ -249,7 +249,7 @@ def test_rows_of_an_encoder_and_a_decoder(cross):
 
 
 def test_rows_of_real_models():
-    from hf_continual.attention import AttentionTap
+    from hf_continual.taps import AttentionTap
 
     for kind, expected in (("llama", ["0", "1"]), ("roberta", ["0", "1"])):
         with AttentionTap(tiny_model(kind, lora=kind == "llama"), "seekr") as tap:
