@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .collators import DistillationCollator, LogitTarget, TeacherBatch
+from .distributed import ALL_BACKENDS, processes
 from .errors import InputError
 from .interleaving import InterleavedDataset
 from .lora import trainable_parameters, trainable_state
@@ -269,7 +270,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
     """
 
     name = "replaydistillation"
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     batch_columns = OWN_COLUMNS
     owns = frozenset({"replay"})
 
@@ -345,6 +346,11 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
             raise InputError(
                 f"method '{self.name}': teacher='tasks' keeps the adapter of every task and this model has none; use "
                 "teacher='cached', or LoRA"
+            )
+        if self.config.teacher != "cached" and not ctx.dist.whole_weights:
+            raise InputError(
+                f"method '{self.name}': teacher='{self.config.teacher}' is a forward with other weights in the place "
+                f"of the model's, which '{ctx.dist.backend}' does not allow; use teacher='cached', or ZeRO up to stage 2"
             )
         if ctx.task.index == 0:
             self.drawn_ = 0
@@ -555,11 +561,16 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         """Signals of the task's own rows; the first process computes them, all read them."""
         store = self.store
         store.key[f"teacher:{ctx.task.index:03d}"] = teacher_hash(trainable_state(ctx.model))
-        if ctx.dist.is_main:
+        if ctx.dist.is_main or not ctx.dist.whole_weights:  # split weights are collected: every rank takes part
             with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
                 for row_id, batch, layout in self.own_rows(ctx):
-                    if not store.has(row_id):
-                        store.write(row_id, self._signals(ctx, row_id, batch, layout))
+                    missing = not store.has(row_id)
+                    if not ctx.dist.whole_weights:
+                        missing = processes().broadcast(missing)
+                    if missing:
+                        signals = self._signals(ctx, row_id, batch, layout)
+                        if ctx.dist.is_main:
+                            store.write(row_id, signals)
         ctx.dist.barrier()
         self._see(store, ctx)
 

@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .distributed import Layout
 from .errors import InputError
 from .units import PairReduce, Piece, SkillUnits
 
@@ -166,18 +167,23 @@ class ImportanceTracker:
         self.uncertainty: Tensor | None = None
         self.total: Tensor | None = None
         self.updates: Tensor | None = None
+        self.layout: Layout | None = None
+        """Where each rank sees its part of the weights: how the parts lie."""
         self._chunks: list[_Chunk] = []
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """The flat buffers, for `load_state`; empty before the first update."""
+        """The flat buffers, whole, for `load_state`; empty before the first update. Every rank must call it."""
         if self.sensitivity is None:
             return {}
         buffers = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty, "updates": self.updates}
         if self.total is not None:
             buffers["total"] = self.total
-        return {name: tensor for name, tensor in buffers.items() if tensor is not None}
+        return {name: self._whole(tensor) for name, tensor in buffers.items() if tensor is not None}
+
+    def _whole(self, buffer: Tensor) -> Tensor:
+        return buffer if self.layout is None or buffer.dim() == 0 else self.layout.gather(buffer)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state`; an empty one starts anew.
@@ -236,6 +242,8 @@ class ImportanceTracker:
         else:
             sums = torch.stack([chunk.gather(filled).sum().to(self.updates) for chunk in self._chunks])
         finite = torch.isfinite(sums).all()  # one NaN or infinity, and a sum is not finite
+        if self.layout is not None:
+            finite = self.layout.total((~finite).float()) == 0  # all ranks count the same steps
         if finite.device.type == "cpu":
             if not finite:
                 return
@@ -282,6 +290,8 @@ class ImportanceTracker:
         wanted = ["sensitivity", "uncertainty", *(["total"] if self.average == "run" else [])]
         for name in wanted:
             buffer = getattr(self, name)
+            if buffer is not None and self.layout is not None and buffer.numel() == self.layout.size:
+                buffer = self.layout.scatter(buffer)  # read from a checkpoint
             buffer = torch.zeros(size, device=home) if buffer is None else buffer.to(home, torch.float32)
             setattr(self, name, buffer)
         self.updates = torch.zeros((), device=home) if self.updates is None else self.updates.to(home)
@@ -299,19 +309,20 @@ class ImportanceTracker:
             raise InputError("no optimizer step has been counted yet, so there are no importance scores")
         means = {}
         start = 0
+        whole = self.state()
         for piece in self.units.pieces:
             stop = start + torch.Size(piece.shape).numel()
-            means[piece.name] = self._mean(piece, start, stop)
+            means[piece.name] = self._mean(whole, piece, start, stop)
             start = stop
         return self.units.reduce(means, self.pair_reduce)
 
-    def _mean(self, piece: Piece, start: int, stop: int) -> Tensor:
-        if self.total is not None:
-            assert self.updates is not None
-            score = self.total[start:stop].double() / self.updates.clamp_min(1).double()
+    def _mean(self, whole: Mapping[str, Tensor], piece: Piece, start: int, stop: int) -> Tensor:
+        if "total" in whole:
+            total = whole["total"][start:stop].double()
+            score = total / whole["updates"].to(total.device).clamp_min(1).double()
         else:
-            assert self.sensitivity is not None and self.uncertainty is not None
-            score = self.sensitivity[start:stop].double() * self.uncertainty[start:stop].double() * self.beta1
+            sensitivity, uncertainty = whole["sensitivity"][start:stop], whole["uncertainty"][start:stop]
+            score = sensitivity.double() * uncertainty.double() * self.beta1
         return piece.mean(score.view(piece.shape))
 
 

@@ -19,8 +19,10 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from .distributed import full
 from .errors import InputError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -277,7 +279,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     seen: set[tuple[int, int]] = set()
     for name, parameter in model.named_parameters():
-        place = (parameter.data_ptr(), parameter.numel())
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        place = (held.data_ptr(), held.numel())
         if parameter.requires_grad and (parameter.is_meta or not place[0] or place not in seen):
             found[name] = parameter
             seen.add(place)
@@ -285,5 +288,5 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy, on the CPU, of everything that learns."""
-    return {name: p.detach().cpu().clone() for name, p in trainable_parameters(model).items()}
+    """A detached copy, on the CPU, of everything that learns, whole on every rank."""
+    return full(trainable_parameters(model))

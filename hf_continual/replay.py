@@ -17,6 +17,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from .distributed import is_partitioned
 from .errors import InputError
 from .run_state import write_json
 
@@ -177,11 +178,12 @@ def features_of(ctx: MethodContext, rows: Any) -> Tensor:
     size = ctx.state.train_batch_size or 8
     features: Tensor | None = None
     training = ctx.model.training
+    split = any(is_partitioned(p) for p in ctx.model.parameters())  # collected in every forward, by all ranks
     ctx.model.eval()
     try:
         for number, start in enumerate(range(0, len(rows), size)):
             own = number % ctx.dist.world_size == ctx.dist.rank
-            if features is not None and not own:
+            if features is not None and not own and not split:
                 continue  # the first batch is for all, which then know the hidden size
             indices = range(start, min(start + size, len(rows)))
             batch = ctx.make_batch([dict(rows[i]) for i in indices])

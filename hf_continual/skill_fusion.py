@@ -15,7 +15,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from .distributed import GradView
+from .distributed import ALL_BACKENDS, GradView
 from .errors import InputError
 from .importance import ImportanceTracker, Normalisation, Order, accumulate, check_lengths, check_share, normalise
 from .methods.base import ContinualMethod, MethodContext, TrainingPhase
@@ -179,7 +179,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
     """
 
     name = "skillfusion"
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -230,11 +230,15 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
             every_n_steps=config.every_n_steps,
             average=config.average,
         )
-        self._grads: GradView | None = None
         self._cases: Tensor | None = None
 
     def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
         if self._replays:
+            if ctx.dist.backend == "fsdp2":
+                raise InputError(
+                    f"method '{self.name}': the replay phase after a merge trains once more, and FSDP2 cannot wrap a "
+                    "model twice; leave replay_ratio and replay_count out, or use another backend"
+                )
             own = dataset if ctx.rows is None else ctx.rows  # not what another method has mixed in
             check_rows(own, self.name, ctx.task.name)
             check_columns(own, self.buffer_, self.name, ctx.task.name)
@@ -246,8 +250,9 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         return bool(self.config.replay_ratio or self.config.replay_count)
 
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
-        self._grads = grads
         assert self._tracker is not None
+        if ctx.dist.sharded and self._tracker.layout is None:
+            self._tracker.layout = grads.layout(self._units.names)
         if ctx.state.global_step == 0:
             self._tracker.load_state({})  # the Trainer begins again when it has found a smaller batch size
         if ctx.state.max_steps <= self.config.warmup_steps:
@@ -325,7 +330,7 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         if self._replays:
             size = buffer_size(len(self._current), self.config.replay_ratio, self.config.replay_count)
             self.buffer_ = keep_rows(self.buffer_, self._current, size, self.config.replay_seed + ctx.task.index)
-        self._tracker = self._grads = self._current = self._cases = None
+        self._tracker = self._current = self._cases = None
         self.tracking_ = {}
 
     def summary(self) -> str | None:

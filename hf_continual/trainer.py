@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
-from .distributed import Distributed, GradientSeam, GradView
+from .distributed import Distributed, GradientSeam, GradView, check_launch, is_partitioned, release_engine
 from .errors import InputError
 from .interleaving import InterleavedDataset
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
@@ -107,6 +107,7 @@ class ContinualMixin(_Parent):
         To resume, give the constructor the model as it was before the task (the checkpoint then replaces what has been
         trained since), and methods with the same options.
         """
+        check_launch(self.args, self.dist)
         self._nonfinite, self._logged, self.interrupted = None, {}, False
         kwargs["ignore_keys_for_eval"] = ignore_keys_for_eval
         if not self.methods:
@@ -126,6 +127,11 @@ class ContinualMixin(_Parent):
             self._load_methods(Path(checkpoint))  # how many tasks are done, before the task begins
         ctx = self.ctx = self._make_context()
         self.methods.check(ctx)
+        if self.dist.backend == "fsdp2" and any(is_partitioned(p) for p in ctx.model.parameters()):
+            raise InputError(
+                "the model was trained with FSDP2 before, which cannot wrap it again; save it with "
+                "trainer.save_model() and load it anew for each task"
+            )
         original, collator = self.train_dataset, self.data_collator
         model_init: Any = self.model_init
         self.model_init: Any = None  # the parent would begin every task with a new model
@@ -182,6 +188,7 @@ class ContinualMixin(_Parent):
         self.args, self.train_dataset, self.model_init = args, phase.dataset, None
         self.optimizer, self.lr_scheduler, self._phase = None, None, phase
         self._phase_keep = None
+        release_engine(self)
         callbacks = self.callback_handler.callbacks
         shown = (DefaultFlowCallback, PrinterCallback, ProgressCallback)
         self.callback_handler.callbacks = [c for c in callbacks if isinstance(c, shown) or hasattr(c, "in_phases")]
@@ -336,12 +343,12 @@ class ContinualMixin(_Parent):
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         parameters = dict(self.ctx.model.named_parameters())
         for name in self._new_parameters:
-            if self.dist.backend in ("single", "ddp") and id(parameters[name]) not in optimized:
+            if not self.dist.sharded and id(parameters[name]) not in optimized:
                 raise InputError(
                     f"'{name}' began to learn with this task and the optimizer given as optimizers=... does not have "
                     "it; give optimizer_cls_and_kwargs=..., from which each task makes its own"
                 )
-        self._seam.attach(self.optimizer)
+        self._seam.attach(self.optimizer, self.model_wrapped)
 
     def _on_optimizer_step(self) -> None:
         if self._seam is None or self.ctx is None:
@@ -403,8 +410,9 @@ class ContinualMixin(_Parent):
         self._check_finite()
         if self._phase is not None:
             return  # asked for by SIGINT; the phase is done again from the checkpoint before it
-        if self.methods and self.args.should_save:
+        if self.methods:
             # Before the parent, whose trainer_state.json then is the last file and marks the checkpoint as complete.
+            # On every rank: state that is split is collected, and rank 0 writes.
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / STATE_FOLDER
             self.methods.save(folder)
         super()._save_checkpoint(model, trial)
@@ -431,7 +439,7 @@ class ContinualMixin(_Parent):
         target = self.accelerator.unwrap_model(model)
         adapters = LoraView(target).adapters
         stored = [path.parent.name for path in checkpoint.glob(f"*/{ADAPTER_WEIGHTS}")]
-        if self.dist.backend not in ("single", "ddp") or not adapters or max(len(adapters), len(stored)) < 2:
+        if self.dist.sharded or not adapters or max(len(adapters), len(stored)) < 2:
             return False
         if (checkpoint / ADAPTER_WEIGHTS).is_file():
             stored.append("default")  # PEFT writes this one at the root

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .distributed import full_shape
 from .errors import InputError
 from .lora import LoraView, stored_name, trainable_parameters
 
@@ -115,7 +116,7 @@ class SkillUnits:
         adapters = {adapter for _, adapter, _, _ in pairs} or set(lora.active)
         # The name of an adapter is kept out of the keys unless two learn at once.
         rename = (lambda name: name) if len(adapters) > 1 else (lambda name: stored_name(name, adapters))
-        shapes = {rename(name): (name, tuple(p.shape)) for name, p in parameters.items()}
+        shapes = {rename(name): (name, tuple(full_shape(p))) for name, p in parameters.items()}
         stored_pairs = [
             (f"{module}@{adapter}" if len(adapters) > 1 else module, rename(a), rename(b))
             for module, adapter, a, b in pairs

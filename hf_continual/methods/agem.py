@@ -12,7 +12,7 @@ Deviation: a parameter without a gradient in this step does not move, and is lef
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import refuse_reentrant_arguments
-from ..distributed import GradView, flatten
+from ..distributed import WHOLE_WEIGHTS, GradView, flatten, split_weights
 from ..errors import InputError
 from ..replay import (
     Policy,
@@ -71,9 +71,11 @@ def project(gradient: Tensor, reference: Tensor) -> Tensor:
     return gradient + correction(gradient, reference)[0]
 
 
-def correction(gradient: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """g~ - g, and g . r."""
-    product, square = dot(gradient, reference), dot(reference, reference)
+def correction(
+    gradient: Tensor, reference: Tensor, total: Callable[[Tensor], Tensor] = lambda values: values
+) -> tuple[Tensor, Tensor]:
+    """g~ - g, and g . r; `total` makes inner products of those of the parts that ranks hold."""
+    product, square = total(torch.stack([dot(gradient, reference), dot(reference, reference)]))
     return reference * (-product.clamp_max(0) / square.clamp_min(torch.finfo(square.dtype).tiny)), product
 
 
@@ -125,7 +127,8 @@ class AGEM(ContinualMethod[AGEMConfig]):
     """
 
     config_class = AGEMConfig
-    supports = frozenset({"single", "ddp"})
+    supports = WHOLE_WEIGHTS
+    unsupported = split_weights("the gradient of stored rows is taken beside that of the batch")
     paper = "arxiv:1812.00420"
     neutral = {"count": 0}
 
@@ -148,7 +151,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
         rows = [memory[i] for i in drawn]
         reference = memory_gradient(ctx, grads.with_gradient(), rows, self.config.memory_micro_batch)
         # Both have the fp16 loss scale in them, and the projection of scaled vectors is the scaled projection.
-        change, product = correction(grads.flat(), ctx.dist.sum_(reference))
+        change, product = correction(grads.flat(), grads.cut_flat(ctx.dist.sum_(reference)), grads.total)
         grads.add_flat_(change)
         ctx.log("agem/violated", (product < 0).float())
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from ..distributed import Distributed, GradView, check_backend
+from ..distributed import Distributed, GradView, assign_, check_backend, processes
 from ..errors import InputError, did_you_mean
 from ..lora import LoraView, trainable_state
 from ..tasks import Task
@@ -135,6 +135,10 @@ class ContinualMethod(Generic[ConfigT]):
     """Dataset columns that this method adds and reads; they reach `extra_loss` and never the model."""
     supports: ClassVar[frozenset[str]] = frozenset({"single"})
     """Backends on which the method computes the same as on one process; tests prove each claim."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """Why not on the others, by backend; part of the sentence that refuses them."""
+    sharded_state: ClassVar[tuple[str, ...]] = ()
+    """State by parameter that is laid out like `GradView.lists`, so that each rank holds its part; saved whole."""
     owns: ClassVar[frozenset[str]] = frozenset()
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
     needs_lora: bool = False
@@ -145,6 +149,8 @@ class ContinualMethod(Generic[ConfigT]):
     """Whether it treats whole micro-batches differently, so that four of two rows are not one of eight."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Options under which training must equal a plain Trainer bit for bit; `check_method` tries them."""
+
+    _grads: GradView | None = None  # of the task being learnt, once a gradient was seen
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,6 +206,10 @@ class ContinualMethod(Generic[ConfigT]):
         """Named scalar losses added to the task loss, such as `{"olora/orthogonal": tensor}`."""
         return {}
 
+    def weight_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        """Add the gradient of losses of the weights alone, with `grads.add_loss`. Called before the other gradient
+        hooks, and only where weights are split between the ranks (fsdp2, zero3): `extra_loss` cannot see them there."""
+
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         """READ the gradients, once per optimizer step, before any edit."""
 
@@ -240,13 +250,20 @@ class ContinualMethod(Generic[ConfigT]):
         return dataclasses.asdict(config)
 
     def save(self, folder: Path) -> None:
-        """Write the state to `folder/<name>.json`, `.safetensors` and, for datasets, `folder/<name>-<attribute>/`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the state to `folder/<name>.json`, `.safetensors` and, for datasets, `folder/<name>-<attribute>/`.
+
+        Every rank calls it and rank 0 writes.
+        """
         values: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
+        shards = {name: self._whole(name) for name in self.sharded_state}  # on every rank: parts are collected
+        if not processes().is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         for attribute, value in sorted(vars(self).items()):
             if not attribute.endswith("_") or attribute.startswith("_"):
                 continue
+            value = shards.get(attribute, value)
             if torch.is_tensor(value):
                 tensors[attribute] = value.detach().cpu().contiguous()
                 values[attribute] = {"kind": "tensor"}
@@ -265,6 +282,11 @@ class ContinualMethod(Generic[ConfigT]):
             save_file(tensors, str(folder / f"{self.name}.safetensors"))
         record = {"method": self.name, "options": self.options(), "state": values}
         (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def _whole(self, attribute: str) -> Any:
+        """A state of `sharded_state` as it is stored."""
+        value = getattr(self, attribute)
+        return value if self._grads is None or not value else self._grads.gather(value)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote.
@@ -314,6 +336,7 @@ HOOKS: tuple[str, ...] = (
     "forward_kwargs",
     "task_loss_weight",
     "extra_loss",
+    "weight_gradients",
     "on_gradients",
     "edit_gradients",
     "on_step_end",
@@ -448,7 +471,7 @@ class MethodList(Sequence[ContinualMethod[Any]]):
     def check(self, ctx: MethodContext) -> None:
         """Refuse what cannot work on this model and backend, before anything is trained."""
         for method in self.methods:
-            check_backend(ctx.dist.backend, method.supports, method.name)
+            check_backend(ctx.dist.backend, method.supports, method.name, method.unsupported)
             if method.needs_lora:
                 ctx.lora.peft_model(method.name)
 
@@ -497,6 +520,10 @@ class MethodList(Sequence[ContinualMethod[Any]]):
     def gradient_hooks(self, ctx: MethodContext, grads: GradView) -> None:
         """All reads, then all edits."""
         for method in self.methods:
+            method._grads = grads
+            if not ctx.dist.whole_weights:
+                method.weight_gradients(ctx, grads)
+        for method in self.methods:
             method.on_gradients(ctx, grads)
         for method in self.methods:
             method.edit_gradients(ctx, grads)
@@ -511,9 +538,7 @@ class MethodList(Sequence[ContinualMethod[Any]]):
         for method in self.methods:
             if "merge" in method.roles():
                 current = dict(method.merge(ctx, previous, current))
-        parameters = dict(ctx.model.named_parameters())
-        for name, value in current.items():
-            parameters[name].copy_(value.to(parameters[name].device))
+        assign_(dict(ctx.model.named_parameters()), current)
 
     def training_phases(self, ctx: MethodContext) -> Iterator[TrainingPhase]:
         """The phases of all methods, each asked for when the one before is over."""
@@ -526,12 +551,13 @@ class MethodList(Sequence[ContinualMethod[Any]]):
         for method in self.methods:
             method.on_task_end(ctx)
         for method in self.methods:
-            method.tasks_done_ = ctx.task.index + 1
+            method.tasks_done_, method._grads = ctx.task.index + 1, None
 
     def save(self, folder: Path) -> None:
-        """Write every method's state below `folder`."""
+        """Write every method's state below `folder`: every rank calls it, rank 0 writes, all wait for it."""
         for method in self.methods:
             method.save(folder)
+        processes().barrier()
 
     def load(self, folder: Path) -> None:
         """Restore every method's state from `folder`."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distillation import evaluating, shifts_labels
-from ..distributed import GradView, flatten, unflatten
+from ..distributed import WHOLE_WEIGHTS, GradView, flatten, split_weights, unflatten
 from ..errors import InputError
 from ..importance import check_share
 from ..lora import trainable_parameters
@@ -102,8 +102,10 @@ class EWC(ContinualMethod[EWCConfig]):
     """
 
     config_class = EWCConfig
-    supports = frozenset({"single", "ddp"})
+    supports = WHOLE_WEIGHTS
+    unsupported = split_weights("the Fisher information is made of gradients of single rows")
     paper = "arxiv:1612.00796"
+    sharded_state = ("running_",)
     neutral = {"ewc_lambda": 0.0}
 
     def __init__(self, config: EWCConfig | None = None, **options: Any) -> None:
@@ -146,23 +148,24 @@ class EWC(ContinualMethod[EWCConfig]):
             return
         named = trainable_parameters(ctx.model)
         if ctx.state.global_step == 0:
-            self.running_ = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+            empty = [torch.zeros_like(w, dtype=torch.float32) for w in grads.lists(named)[0]]
+            self.running_ = dict(zip(named, empty, strict=True))
             self.steps_ = None
-        present = [n for n in self.running_ if named[n].grad is not None]
+        weights, gradients = grads.lists(self.running_)
+        self.running_ = grads.local(self.running_)  # one that was read from a checkpoint is whole and on the CPU
+        present = [n for n, g in zip(self.running_, gradients, strict=True) if g is not None]
         weights, gradients = grads.lists(present)
-        if self.running_[present[0]].device != weights[0].device:  # read from a checkpoint
-            self.running_ = {n: r.to(named[n].device) for n, r in self.running_.items()}
         scale = ctx.dist.grad_scale()
         squares = dict(zip(present, [g.float() / scale for g in gradients if g is not None], strict=True))
         pulled = [n for n in present if n in self._terms]
         if pulled:
-            weights, precision, centre = map(list, zip(*[self._terms[n] for n in pulled], strict=True))
-            pull = torch._foreach_sub(weights, centre)
+            precision, centre = (list(grads.local({n: self._terms[n][i] for n in pulled}).values()) for i in (1, 2))
+            pull = torch._foreach_sub(grads.lists(pulled)[0], centre)
             torch._foreach_mul_(pull, precision)
             torch._foreach_sub_([squares[n] for n in pulled], pull, alpha=self.config.ewc_lambda)
         task = list(squares.values())
         # A step with a NaN or infinite gradient, such as one that fp16 skips, does not count.
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(task))).all()
+        finite = grads.all_finite(task, next(iter(self.running_.values())).device)
         task = [torch.where(finite, g, 0.0) for g in task]
         torch._foreach_addcmul_([self.running_[n] for n in present], task, task)
         self.steps_ = finite.float() if self.steps_ is None else self.steps_.to(finite.device) + finite
@@ -174,7 +177,7 @@ class EWC(ContinualMethod[EWCConfig]):
         named = trainable_parameters(ctx.model)
         fisher = self._of_steps(ctx) if self.config.fisher == "trace" else self._of_rows(ctx, named)
         for name, p in named.items():
-            self._add(name, fisher[name], p.detach().float())
+            self._add(name, fisher[name].to(p.device), p.detach().float())
         self.running_, self.steps_ = {}, None
 
     def _add(self, name: str, fisher: Tensor, weights: Tensor) -> None:
@@ -193,7 +196,7 @@ class EWC(ContinualMethod[EWCConfig]):
         """The sum over steps divided by the steps of one epoch."""
         assert self.steps_ is not None
         factor = float(ctx.state.epoch or 1.0) / self.steps_.clamp_min(1)
-        return {name: total * factor for name, total in self.running_.items()}
+        return {name: total.to(factor.device) * factor for name, total in self._whole("running_").items()}
 
     def _of_rows(self, ctx: MethodContext, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """The mean of squared gradients over rows, which are split over the ranks."""

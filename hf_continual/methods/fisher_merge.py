@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..distributed import GradView
+from ..distributed import ALL_BACKENDS, GradView
 from ..importance import check_share
 from ..lora import stored_name, trainable_parameters
 from ..units import lerp
@@ -50,8 +50,9 @@ class FisherMerge(ContinualMethod[FisherMergeConfig]):
 
     name = "fisher_merge"
     config_class = FisherMergeConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2111.09832"
+    sharded_state = ("sum_",)
 
     def __init__(self, config: FisherMergeConfig | None = None, **options: float) -> None:
         super().__init__(config, **options)
@@ -65,16 +66,16 @@ class FisherMerge(ContinualMethod[FisherMergeConfig]):
     @torch.no_grad()
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         if ctx.state.global_step == 0:
-            named = trainable_parameters(ctx.model)
-            self.sum_ = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+            names = list(trainable_parameters(ctx.model))
+            weights, _ = grads.lists(names)
+            self.sum_ = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in zip(names, weights, strict=True)}
             self.steps_ = None
         weights, gradients = grads.lists(self.sum_)
         device = weights[0].device
-        if next(iter(self.sum_.values())).device != device:  # read from a checkpoint
-            self.sum_ = dict(zip(self.sum_, [s.to(device) for s in self.sum_.values()], strict=True))
+        self.sum_ = grads.local(self.sum_)  # one that was read from a checkpoint is whole and on the CPU
         pairs = [(s, g.float()) for s, g in zip(self.sum_.values(), gradients, strict=True) if g is not None]
         # A step with a NaN or infinite gradient, such as one that fp16 skips, does not count.
-        finite = torch.isfinite(torch.stack(torch._foreach_norm([g for _, g in pairs]))).all()
+        finite = grads.all_finite([g for _, g in pairs], device)
         clean = [torch.where(finite, g, 0.0) for _, g in pairs]
         torch._foreach_addcmul_([s for s, _ in pairs], clean, clean, value=ctx.dist.grad_scale() ** -2)
         self.steps_ = finite.float() if self.steps_ is None else self.steps_.to(device) + finite
@@ -84,10 +85,10 @@ class FisherMerge(ContinualMethod[FisherMergeConfig]):
     ) -> Mapping[str, Tensor]:
         merged, adapters = dict(current), set(ctx.lora.active)
         assert self.steps_ is not None
-        steps = self.steps_.clamp_min(1)
+        steps, sums = self.steps_.clamp_min(1).cpu(), self._whole("sum_")
         for name, after in current.items():
             key = stored_name(name, adapters)
-            fisher = (self.sum_[name] / steps).cpu()
+            fisher = sums[name].cpu() / steps
             if key in self.total_ and not ctx.task.is_first:
                 merged[name] = lerp(previous[name], after, fisher_coefficients(fisher, self.total_[key]))
             self.total_[key] = fisher + self.config.decay * self.total_[key] if key in self.total_ else fisher

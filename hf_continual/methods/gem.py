@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..attention import refuse_reentrant_arguments
-from ..distributed import GradView
+from ..distributed import WHOLE_WEIGHTS, GradView, split_weights
 from ..errors import InputError
 from ..replay import Policy, ReplayBuffer
 from .agem import check_checkpointing, check_memory, check_task, draw_rows, keep_task, memory_gradient
@@ -163,7 +163,8 @@ class GEM(ContinualMethod[GEMConfig]):
     """
 
     config_class = GEMConfig
-    supports = frozenset({"single", "ddp"})
+    supports = WHOLE_WEIGHTS
+    unsupported = split_weights("the gradient of stored rows is taken beside that of the batch")
     paper = "arxiv:1706.08840"
     neutral = {"count": 0}
 
@@ -192,8 +193,11 @@ class GEM(ContinualMethod[GEMConfig]):
                 stored = [stored[i] for i in drawn]
             rows = [memory[i] for i in stored]
             gradients.append(memory_gradient(ctx, parameters, rows, config.memory_micro_batch))
-        memories = ctx.dist.sum_(torch.stack(gradients))
+        memories = torch.stack([grads.cut_flat(g) for g in ctx.dist.sum_(torch.stack(gradients))])
         gram, products = inner_products(grads.flat(), memories)
+        tasks = len(memories)
+        both = grads.total(torch.cat([gram, products.view(tasks, 1)], dim=1))
+        gram, products = both[:, :tasks], both[:, tasks]
         scale = ctx.dist.grad_scale() ** 2  # eps is for gradients without the fp16 loss scale
         v = multipliers(gram / scale, products / scale, config.margin, config.eps, config.margin_as)
         if v is not None:

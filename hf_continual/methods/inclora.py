@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..distributed import ALL_BACKENDS
 from .base import ContinualMethod, MethodContext
 
 
@@ -26,7 +27,7 @@ class IncLoRA(ContinualMethod[IncLoRAConfig]):
     """
 
     config_class = IncLoRAConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2310.14152"
     owns = frozenset({"adapters"})
     needs_lora = True

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..distributed import GradView, full_shape
 from ..errors import InputError
 from ..importance import Order, check_lengths, normalise
 from ..skill_fusion import SkillFusion, SkillFusionConfig
@@ -108,23 +109,29 @@ class KIF(SkillFusion[KIFConfig]):
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         super().on_task_begin(ctx)
-        self._groups: list[tuple[list[Tensor], bool]] = []
+        self._groups: list[tuple[list[str], bool]] = []
         if not self.config.orthogonality or self.config.orthogonality_form == "off" or not ctx.lora.is_peft:
             return
-        parameters = dict(ctx.model.named_parameters())
-        by_shape: dict[tuple[bool, tuple[int, ...]], list[Tensor]] = {}
+        self._weights: dict[str, Tensor] = dict(ctx.model.named_parameters())
+        by_shape: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
         for _, _, a, b in ctx.lora.trainable_pairs(self.name):
             for is_b, name in ((False, a), (True, b)):
-                parameter = parameters[name]
-                by_shape.setdefault((is_b, tuple(parameter.shape)), []).append(parameter)
-        self._groups = [(tensors, is_b) for (is_b, _), tensors in by_shape.items()]
+                by_shape.setdefault((is_b, tuple(full_shape(self._weights[name]))), []).append(name)
+        self._groups = [(names, is_b) for (is_b, _), names in by_shape.items()]
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
-        if not self._groups:
-            return {}
+        return self._penalty(self._weights) if self._groups and ctx.dist.whole_weights else {}
+
+    def weight_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        if self._groups:
+            names = [name for group, _ in self._groups for name in group]
+            for name, value in grads.add_loss(names, self._penalty).items():
+                ctx.log(name, value)
+
+    def _penalty(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         terms = []
-        for tensors, is_b in self._groups:  # one batched product a shape
-            stacked = torch.stack([t.flatten(1) for t in tensors])
+        for names, is_b in self._groups:  # one batched product a shape
+            stacked = torch.stack([weights[name].flatten(1) for name in names])
             terms.append(orthogonality(stacked.mT if is_b else stacked, self.config.orthogonality_form))
         return {"kif/orthogonality": self.config.orthogonality * torch.cat([t.float() for t in terms]).mean()}
 

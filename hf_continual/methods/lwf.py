@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..distillation import shifts_labels, teacher_forward, trainable_copy
+from ..distributed import WHOLE_WEIGHTS, split_weights
 from ..errors import InputError
 from .base import ContinualMethod, MethodContext
 
@@ -110,7 +111,8 @@ class LwF(ContinualMethod[LwFConfig]):
     """
 
     config_class = LwFConfig
-    supports = frozenset({"single", "ddp"})
+    supports = WHOLE_WEIGHTS
+    unsupported = split_weights("the teacher is a forward with other weights in the place of the model's")
     paper = "arxiv:1606.09282"
     batch_columns = (COLUMN,)
     neutral = {"weight": 0.0}

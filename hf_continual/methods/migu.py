@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import GradView, MicroBatchMasks
+from ..distributed import ALL_BACKENDS, GradView, MicroBatchMasks, full_shape
 from ..errors import InputError
 from ..taps import OutputTap
 from .base import ContinualMethod, MethodContext
@@ -209,7 +209,7 @@ def find_targets(ctx: MethodContext, config: MIGUConfig) -> list[Target]:
             out_dim = 1 if isinstance(module, Conv1D) else 0
             bias = f"{name}.bias" if module.bias is not None and module.bias.requires_grad else None
             targets.append(
-                Target(own_name[id(module.weight)], bias, module, name, module.weight.shape[out_dim], out_dim)
+                Target(own_name[id(module.weight)], bias, module, name, full_shape(module.weight)[out_dim], out_dim)
             )
     if not targets:
         where = f" that matches targets={config.targets!r}" if config.targets else ""
@@ -228,7 +228,7 @@ class MIGU(ContinualMethod[MIGUConfig]):
     """
 
     config_class = MIGUConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2406.17245"
     neutral = {"threshold": 0.0}
 
@@ -284,7 +284,7 @@ class MIGU(ContinualMethod[MIGUConfig]):
             names = [
                 n for t in self._targets for n in (t.weight, t.bias) if n and (n == t.weight or self.config.mask_bias)
             ]
-            self._hooks = MicroBatchMasks(ctx.model, names)
+            self._hooks = MicroBatchMasks(ctx.model, names, ctx.dist.backend)
         self._tap = OutputTap(functions)
         try:
             yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..distributed import ALL_BACKENDS
 from .base import ContinualMethod
 
 
@@ -21,5 +22,5 @@ class Naive(ContinualMethod[NaiveConfig]):
     """Fine-tune on each task in turn and do nothing else."""
 
     config_class = NaiveConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     neutral = {}

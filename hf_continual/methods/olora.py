@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import ALL_BACKENDS, GradView, full
 from ..errors import InputError
 from .base import ContinualMethod, MethodContext
 
@@ -51,7 +52,7 @@ class OLoRA(ContinualMethod[OLoRAConfig]):
     """
 
     config_class = OLoRAConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2310.14152"
     owns = frozenset({"adapters"})
     needs_lora = True
@@ -62,18 +63,23 @@ class OLoRA(ContinualMethod[OLoRAConfig]):
         if not ctx.task.is_first:
             ctx.lora.add(f"task{ctx.task.index}", self.name)
         newest = ctx.lora.adapters[-1]
-        by_width: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        self._norms: list[Tensor] = []
-        for _, layer in ctx.lora.layers():
+        by_width: dict[tuple[int, int], list[tuple[Tensor, str]]] = {}
+        self._learning: list[str] = []
+        layers = list(ctx.lora.layers())
+        earlier = {f"{n}.{a}": m.weight for n, layer in layers for a, m in layer.lora_A.items() if a != newest}
+        earlier = {name: w.detach() for name, w in earlier.items()} if ctx.dist.whole_weights else full(earlier)
+        for name, layer in layers:
             if newest not in layer.lora_A:
                 continue
-            new = layer.lora_A[newest].weight
-            self._norms += [new, layer.lora_B[newest].weight]
-            old = [module.weight.detach() for name, module in layer.lora_A.items() if name != newest]
+            new = f"{name}.lora_A.{newest}.weight"
+            self._learning += [new, f"{name}.lora_B.{newest}.weight"]
+            old = [earlier[f"{name}.{adapter}"] for adapter in layer.lora_A if adapter != newest]
             if old:
                 stacked = torch.cat(old)
                 by_width.setdefault((stacked.shape[0], stacked.shape[1]), []).append((stacked, new))
         self._groups = [(torch.stack([o for o, _ in pairs]), [n for _, n in pairs]) for pairs in by_width.values()]
+        named = dict(ctx.model.named_parameters())
+        self._weights: dict[str, Tensor] = {name: named[name] for name in self._learning}
 
     def _weight(self, option: str, index: int) -> float:
         value = getattr(self.config, option)
@@ -84,11 +90,23 @@ class OLoRA(ContinualMethod[OLoRAConfig]):
         return float(value[index])
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
-        losses = {}
+        return self._penalties(ctx.task.index, self._weights) if ctx.dist.whole_weights else {}
+
+    def weight_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         lambda_1, lambda_2 = self._weight("lambda_1", ctx.task.index), self._weight("lambda_2", ctx.task.index)
+        if (lambda_1 and self._groups) or lambda_2:
+            losses = grads.add_loss(self._learning, lambda weights: self._penalties(ctx.task.index, weights))
+            for name, value in losses.items():
+                ctx.log(name, value)
+
+    def _penalties(self, task: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = {}
+        lambda_1, lambda_2 = self._weight("lambda_1", task), self._weight("lambda_2", task)
         if lambda_1 and self._groups:
-            terms = [orthogonality(old.to(new[0]), torch.stack(new)) for old, new in self._groups]
+            pairs = [(old, [weights[name] for name in names]) for old, names in self._groups]
+            terms = [orthogonality(old.to(new[0]), torch.stack(new)) for old, new in pairs]
             losses["olora/orthogonal"] = lambda_1 * torch.stack(terms).sum()
         if lambda_2:
-            losses["olora/norm"] = lambda_2 * torch.stack(torch._foreach_norm(self._norms)).sum()
+            norms = torch._foreach_norm([weights[name] for name in self._learning])
+            losses["olora/norm"] = lambda_2 * torch.stack(norms).sum()
         return losses

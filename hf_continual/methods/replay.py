@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import datasets
 
+from ..distributed import ALL_BACKENDS
 from ..errors import InputError
 from ..interleaving import InterleavedDataset
 from ..replay import (
@@ -90,7 +91,7 @@ class Replay(ContinualMethod[ReplayConfig]):
     """
 
     config_class = ReplayConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     owns = frozenset({"replay"})
     paper = "arxiv:2406.17245"
     neutral = {"count": 0}
@@ -112,6 +113,11 @@ class Replay(ContinualMethod[ReplayConfig]):
         self.buffer_.bind(None, tokenizer_key(ctx.tokenizer))  # rows say nothing of the model
         self._current = dataset
         stored = self.buffer_.rows
+        if self.config.mixing == "after" and ctx.dist.backend == "fsdp2":
+            raise InputError(
+                "method 'replay': mixing='after' trains once more, and FSDP2 cannot wrap a model twice; use mix or "
+                "alternate, or another backend"
+            )
         if stored is None or self.config.mixing == "after":
             return dataset
         if self.config.mixing == "alternate":

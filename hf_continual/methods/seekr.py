@@ -59,6 +59,7 @@ from ..distillation import (
     trainable_copy,
     without_labels,
 )
+from ..distributed import is_partitioned
 from ..errors import InputError
 from ..signals import AttentionSignal, RowSignals, SignalStore
 from ..taps import AttentionTap
@@ -277,7 +278,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _weights_before(self, ctx: MethodContext) -> dict[str, Tensor]:
         self._device = next(ctx.model.parameters()).device
         before = super()._weights_before(ctx)
-        if not before and self._needs_change and ctx.lora.is_peft:
+        if not before and self._needs_change and ctx.lora.is_peft and ctx.dist.whole_weights:
             before = trainable_copy(ctx.model)
         self._maps_before: Any = None
         if not before and self._needs_change:
@@ -348,9 +349,11 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
         """
         assert ctx.folder is not None
         folder, dtype = ctx.folder / f"{self.name}-before", next(ctx.model.parameters()).dtype
+        split = any(is_partitioned(p) for p in ctx.model.parameters())  # collected: every rank takes part
         if ctx.dist.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-            store = SignalStore(folder)
+        if ctx.dist.is_main or split:
+            store = SignalStore(folder if ctx.dist.is_main else None)
             with AttentionTap(ctx.model, self.name), evaluating(ctx.model), torch.no_grad(), ctx.autocast():
                 for row_id, batch, layout in self.own_rows(ctx):
                     request = Capture("qk", self._all_heads(row_id, layout))
@@ -363,7 +366,8 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
                         signals[name] = signal = AttentionSignal("qk", self._sides[name], heads, rows)
                         signal.query, signal.key = query[0].to(dtype), key[0].to(dtype)
                         signal.values = bias[0][0].to(dtype) if bias else None
-                    store.write(row_id, RowSignals(lengths, None, signals))
+                    if ctx.dist.is_main:
+                        store.write(row_id, RowSignals(lengths, None, signals))
         ctx.dist.barrier()
         store = SignalStore(folder)
         self._see(store, ctx)

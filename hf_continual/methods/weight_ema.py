@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..distributed import GradView
+from ..distributed import ALL_BACKENDS, GradView
 from ..importance import check_share
 from ..lora import trainable_parameters
 from .base import ContinualMethod, MethodContext
@@ -34,8 +34,9 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
 
     name = "weight_ema"
     config_class = WeightEMAConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2408.09857"
+    sharded_state = ("average_",)
     neutral = {"decay": 0.0}
 
     def __init__(self, config: WeightEMAConfig | None = None, **options: float) -> None:
@@ -44,10 +45,8 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         self.average_ = {}
-        self._grads: GradView | None = None
 
     def on_gradients(self, ctx: MethodContext, grads: GradView) -> None:
-        self._grads = grads
         if ctx.state.global_step == 0 and not ctx.task.is_first:
             names = list(trainable_parameters(ctx.model))
             self.average_ = dict(zip(names, [w.float().clone() for w in grads.lists(names)[0]], strict=True))
@@ -58,15 +57,14 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
             return
         assert self._grads is not None
         weights, _ = self._grads.lists(self.average_)
-        if next(iter(self.average_.values())).device != weights[0].device:  # read from a checkpoint
-            moved = (a.to(w.device) for a, w in zip(self.average_.values(), weights, strict=True))
-            self.average_ = dict(zip(self.average_, moved, strict=True))
+        self.average_ = self._grads.local(self.average_)  # one that was read from a checkpoint is whole, on the CPU
         torch._foreach_lerp_(list(self.average_.values()), [w.float() for w in weights], 1 - self.config.decay)
 
     def merge(
         self, ctx: MethodContext, previous: Mapping[str, Tensor], current: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
-        return {n: self.average_[n].to(after) if n in self.average_ else after for n, after in current.items()}
+        average = self._whole("average_")
+        return {n: average[n].to(after) if n in average else after for n, after in current.items()}
 
     def on_task_end(self, ctx: MethodContext) -> None:
-        self.average_, self._grads = {}, None
+        self.average_ = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..distributed import ALL_BACKENDS
 from ..importance import check_share
 from ..units import lerp
 from .base import ContinualMethod, MethodContext
@@ -30,7 +31,7 @@ class WeightEnsemble(ContinualMethod[WeightEnsembleConfig]):
 
     name = "weight_ensemble"
     config_class = WeightEnsembleConfig
-    supports = frozenset({"single", "ddp"})
+    supports = ALL_BACKENDS
     paper = "arxiv:2408.09857"
     neutral = {"coefficient": 1.0}
 
