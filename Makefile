@@ -8,10 +8,10 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test style quality build clean
+.PHONY: help install quickstart test test-distributed style quality build clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1|/' | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@echo "Creating $(VENV)"
@@ -40,6 +40,10 @@ quickstart: $(RUNTIME)  ## Install, then train the quickstart recipe
 test: $(DEV)  ## Install, then run every test, notebooks included
 	@echo "Running the tests"
 	@$(BIN)/python -m pytest -q -n 2
+
+test-distributed: $(DEV)  ## Every method on every backend, on CPU or on the GPUs there are; writes the table in METHODS.md
+	@echo "Running the tests of many processes"
+	@HF_CONTINUAL_DISTRIBUTED=full HF_CONTINUAL_WRITE_MATRIX=METHODS.md $(BIN)/python -m pytest -q tests/distributed
 
 style: $(DEV)  ## Fix and format the code
 	@echo "Formatting the code"
