@@ -19,7 +19,8 @@ training/seekr.py and utils/llama_flash_att.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.autograd.function import once_differentiable
 from .errors import InputError
 
 KWARG = "attention_request"
+# What a request collects is in a UserDict: FSDP2 copies the dicts and dataclasses among a layer's arguments once they
+# hold tensors with a graph, and what the next layer adds to its copy would be lost.
 FLASH = ("flash_attention_2", "flash_attention_3")
 BLOCK = 2**22  # scores computed at a time
 KEEP_GRAPH = "use gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -333,7 +336,7 @@ class Capture(Request):
 
     kind: str
     layers: dict[str, LayerTarget]
-    values: dict[str, Any] = field(default_factory=dict)
+    values: MutableMapping[str, Any] = field(default_factory=UserDict)
 
     def __post_init__(self) -> None:
         _check("Capture: kind", self.kind, ("weights", "outputs", "qk"))
@@ -380,7 +383,7 @@ class Distil(Request):
     reduction: str = "mean_rows"
     recompute: bool = False
     epsilon: float = 0.0
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    losses: MutableMapping[str, Tensor] = field(default_factory=UserDict)
 
     def __post_init__(self) -> None:
         _check("Distil: kind", self.kind, ("weights", "outputs"))
@@ -530,8 +533,8 @@ class Sensitivity(Request):
 
     masked: bool = False
     real: Mapping[str, Tensor] | None = None
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    scores: MutableMapping[str, Tensor] = field(default_factory=UserDict)
+    outputs: MutableMapping[str, Tensor] = field(default_factory=UserDict)
 
     def run(self, call: AttentionCall, output: Tensor, training: bool) -> None:
         if not torch.is_grad_enabled():
@@ -609,7 +612,7 @@ class Change(Request):
     layers: dict[str, LayerTarget]
     normalise: bool = False
     real: Mapping[str, Tensor] | None = None
-    scores: dict[str, Tensor] = field(default_factory=dict)
+    scores: MutableMapping[str, Tensor] = field(default_factory=UserDict)
 
     def names(self) -> set[str]:
         return set(self.layers)
