@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from huggingface_hub import utils as hub_bars
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +60,19 @@ class ModelConfig:
         default=None, metadata={"help": "For tokenizers without one; 'eos' takes the end token."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantise the linear layers to 4 bits on loading (QLoRA; needs `peft:` and the extra `qlora`); "
+            "they compute in `dtype`."
+        },
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(
+        default="nf4", metadata={"help": "4-bit data type; nf4 is the QLoRA paper's."}
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Quantise the quantisation constants too, as the QLoRA paper does."}
+    )
 
     def __post_init__(self) -> None:
         for option in ("name", "gguf_file", "revision", "pad_token", "attn_implementation"):
@@ -66,6 +81,16 @@ class ModelConfig:
                 raise InputError(f"model.{option}={value!r} must be text; put it in quotes")
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise InputError(f"model.dtype={self.dtype!r} is unknown; choose float32, bfloat16, float16 or auto")
+        for option in ("load_in_4bit", "bnb_4bit_use_double_quant"):
+            if not isinstance(getattr(self, option), bool):
+                raise InputError(f"model.{option}={getattr(self, option)!r} must be true or false")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise InputError(f"model.bnb_4bit_quant_type={self.bnb_4bit_quant_type!r} is unknown; choose nf4 or fp4")
+        if self.load_in_4bit and self.gguf_file is not None:
+            raise InputError(
+                f"model.load_in_4bit with model.gguf_file={self.gguf_file}: a GGUF file is quantised already and would "
+                "be quantised twice; name the original model, or leave load_in_4bit out"
+            )
 
 
 def resolve_name(config: ModelConfig) -> str:
@@ -142,29 +167,102 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, *, empty: bool = False) -> PreTrainedModel:
-    """The model on the CPU; with `empty` on the meta device, without weights, for checks.
+def load_model(
+    config: ModelConfig, *, empty: bool = False, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The model on the CPU; with `empty` on the meta device, without weights and unquantised, for checks.
+
+    Args:
+        device: of a 4-bit model, which the Trainer does not move; by default this process's accelerator, if there is
+            one. Others are always loaded on the CPU.
 
     Raises:
-        InputError: if it cannot be found.
+        InputError: if it cannot be found, or `load_in_4bit` is set and bitsandbytes is not installed.
     """
+    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "model.load_in_4bit needs bitsandbytes, which is not installed; run `pip install 'hf-continual[qlora]'`"
+        )
     name = resolve_name(config)
     revision = config.revision if config.gguf_file is None else None
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
         auto = AutoModelForSeq2SeqLM if getattr(settings, "is_encoder_decoder", False) else AutoModelForCausalLM
-        kwargs = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        kwargs: dict[str, Any] = {}
+        if config.attn_implementation:
+            kwargs["attn_implementation"] = config.attn_implementation
         if empty:
             with torch.device("meta"):
                 model = auto.from_config(settings, **kwargs)
         else:
             dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            if config.load_in_4bit:
+                own = getattr(settings, "dtype", None) or torch.float32
+                kwargs["quantization_config"] = BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+                    bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+                    bnb_4bit_compute_dtype=own if dtype == "auto" else dtype,
+                )
+                kwargs["device_map"] = {"": _device_of_this_process() if device is None else torch.device(device)}
             model = auto.from_pretrained(name, revision=revision, dtype=dtype, **kwargs)
     except LOADING_ERRORS as error:
         raise InputError(
             f"model.name={config.name}: the model could not be loaded ({first_line(error)}); {WHERE_MODELS_ARE}"
         ) from error
+    if in_four_bits(model):
+        _keep_layout(model)
     return fix_loss_scaling(model)
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights at the first forward in eval mode on CPUs with AVX512-BF16.
+
+    It never packs them back for training, and its kernel for them passes no gradient on: layers below one would learn
+    from too little without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _device_of_this_process() -> torch.device:
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())))
+
+
+def in_four_bits(model: Any) -> bool:
+    """Whether the base weights of a model, or those that its [`ModelConfig`] will load, are in bitsandbytes' 4 bits."""
+    if isinstance(model, ModelConfig):
+        return model.load_in_4bit
+    return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def check_four_bits(model: Any, adapted: bool, backend: str | None = None) -> None:
+    """Refuse what a 4-bit base cannot do.
+
+    Args:
+        model: a model, or the [`ModelConfig`] it comes from.
+        adapted: whether it has adapters, or will get them.
+        backend: of [`Distributed`].
+
+    Raises:
+        InputError: if there is nothing to train, or the backend would split the packed weights.
+    """
+    if not in_four_bits(model):
+        return
+    if not adapted:
+        raise InputError(
+            "model.load_in_4bit=true without `peft:` leaves nothing to train, for 4-bit weights have no gradients; add "
+            "`peft: {r: 16, target_modules: all-linear}` to the recipe, or leave load_in_4bit out"
+        )
+    if backend in ("fsdp2", "zero3"):
+        raise InputError(
+            f"model.load_in_4bit=true cannot be combined with {backend}, which would split the packed 4-bit weights; "
+            "use DDP or ZeRO-2 (`--accelerate_config ddp` or `zero2`), or leave load_in_4bit out"
+        )
 
 
 def fix_loss_scaling(model: PreTrainedModel) -> PreTrainedModel:
@@ -191,13 +289,13 @@ def is_seq2seq(model: nn.Module) -> bool:
 
 
 def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) -> nn.Module:
-    """Wrap the model with a LoRA adapter.
+    """Wrap the model with a LoRA adapter. What a 4-bit model has in other dtypes (norms, embeddings) becomes float32.
 
     Raises:
         InputError: if an option is unknown or the targets match nothing.
     """
     if isinstance(options, LoraConfig):
-        config = options
+        config = copy.deepcopy(options)  # PEFT writes the model's name into it
     else:
         options = dict(options)
         options.setdefault("task_type", "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM")
@@ -209,6 +307,10 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
             config = LoraConfig(**options)
         except (TypeError, ValueError) as error:
             raise InputError(f"peft: {first_line(error)}") from error
+    if in_four_bits(model):
+        _keep_layout(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer switches it on
+        model.enable_input_require_grads()  # reentrant checkpointing drops the gradients of a frozen embedding's output
     try:
         return get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:

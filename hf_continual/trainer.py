@@ -23,6 +23,7 @@ from .errors import InputError
 from .interleaving import InterleavedDataset
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
+from .models import check_four_bits, in_four_bits
 from .tasks import Task
 
 STATE_FOLDER = "continual"
@@ -108,6 +109,8 @@ class ContinualMixin(_Parent):
         trained since), and methods with the same options.
         """
         check_launch(self.args, self.dist)
+        if in_four_bits(self.model):
+            check_four_bits(self.model, True, self.dist.backend)
         self._nonfinite, self._logged, self.interrupted = None, {}, False
         kwargs["ignore_keys_for_eval"] = ignore_keys_for_eval
         if not self.methods:
