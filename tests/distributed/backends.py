@@ -1,0 +1,102 @@
+"""One stream of two tasks on any backend, for comparison with one process."""
+
+import os
+
+import torch
+from safetensors.torch import save_file
+
+from hf_continual.distributed import assign_, full, release_engine
+from hf_continual.lora import LoraView
+from hf_continual.methods.base import MethodList
+from hf_continual.testing import tiny_model, toy_rows
+from hf_continual.trainer import ContinualTrainer
+from hf_continual.training_args import ContinualTrainingArguments
+
+
+def backend_options(backend):
+    """Training arguments that ask for a backend."""
+    if backend.startswith("zero"):
+        zero = {"stage": int(backend[-1])}
+        if zero["stage"] == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # tiny weights would never be split
+        return {
+            "deepspeed": {
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_optimization": zero,
+                "bf16": {"enabled": "auto"},
+            }
+        }
+    if backend == "fsdp2":
+        return {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "reshard_after_forward": True,
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        }
+    return {}
+
+
+def make_args(backend, folder, **options):
+    args = ContinualTrainingArguments(
+        output_dir=str(folder), num_train_epochs=2, learning_rate=1e-2, lr_scheduler_type="constant",
+        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
+        dataloader_pin_memory=False, train_sampling_strategy="sequential", max_grad_norm=0.5, optim="adamw_torch",
+        **{"adam_epsilon": 1e-3, "ddp_find_unused_parameters": False, **backend_options(backend), **options},
+    )  # fmt: skip
+    if backend == "fsdp2" and use_cpu():
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate wants accelerators
+    return args
+
+
+def use_cpu():
+    return torch.cuda.device_count() < int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def state_of(methods):
+    """The tensors of the methods' state."""
+    found = {}
+    for method in methods:
+        for name, value in vars(method).items():
+            if name.endswith("_") and torch.is_tensor(value):
+                found[f"{method.name}.{name}"] = value
+            elif name.endswith("_") and isinstance(value, dict):
+                tensors = {k: v for k, v in value.items() if torch.is_tensor(v)}
+                found |= {f"{method.name}.{name}.{k}": v for k, v in tensors.items()}
+    return {name: value.detach().cpu().float() for name, value in found.items()}
+
+
+def learn(backend, specs, lora, accumulation, batch, folder, **options):
+    """Two tasks, the model made anew for the second; returns whole weights and the methods' state."""
+    methods, state, adapters = MethodList(specs), {}, []
+    for index in range(2):
+        model = tiny_model(lora=lora)
+        for name in adapters:
+            if name not in LoraView(model).adapters:
+                LoraView(model).add(name, "test")
+        assign_(dict(model.named_parameters()), state)
+        args = make_args(
+            backend, folder / str(index), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            **options,
+        )  # fmt: skip
+        trainer = ContinualTrainer(model=model, args=args, train_dataset=toy_rows(seed=index), methods=methods)
+        trainer.train()
+        expected = "ddp" if backend == "ddp" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else backend
+        assert trainer.dist.backend == ("single" if backend == "ddp" and expected != "ddp" else backend)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        adapters, state = LoraView(trained).adapters, full(dict(trained.named_parameters()))
+        release_engine(trainer)
+    return {**{name: value.float() for name, value in state.items()}, **state_of(methods)}
+
+
+def learn_and_save(rank, folder, backend, specs, lora, accumulation, batch, options):
+    result = learn(backend, specs, lora, accumulation, batch, folder / "ranks", **options)
+    save_file({name: value.contiguous().clone() for name, value in result.items()}, str(folder / f"{rank}.safetensors"))
