@@ -202,6 +202,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a weight."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole weight; that of a ZeRO-3 parameter itself is (0,)."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

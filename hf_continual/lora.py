@@ -19,10 +19,9 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .distributed import full
+from .distributed import full, own_part
 from .errors import InputError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -279,7 +278,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     seen: set[tuple[int, int]] = set()
     for name, parameter in model.named_parameters():
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held = own_part(parameter)
         place = (held.data_ptr(), held.numel())
         if parameter.requires_grad and (parameter.is_meta or not place[0] or place not in seen):
             found[name] = parameter

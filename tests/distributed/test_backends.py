@@ -1,8 +1,8 @@
 """Every method on every backend computes what one process computes on the same global batch.
 
 Micro-batch j of a step in one process is rank j % W, accumulation j // W. Tolerance: 1e-5 relative to the largest entry
-of a tensor, after 16 steps in fp32; 4e-5 under ZeRO-3, whose rounding Adam amplifies. Masked and unmasked runs differ by
-more than 1e-2. `HF_CONTINUAL_DISTRIBUTED=full` runs all cases, `pairs` every method on every backend once with LoRA and
+of a tensor, after 16 steps in fp32; 4e-5 under ZeRO-3, whose rounding Adam amplifies. Masked and unmasked runs differ
+by more than 1e-2. `HF_CONTINUAL_DISTRIBUTED=full` runs all cases, `pairs` each method on each backend once with LoRA and
 once in full, alternating accumulation; by default a selection that has every method and backend.
 """
 
@@ -96,7 +96,9 @@ def alone(stream, lora, accumulation, processes, folder):
     return ALONE[key]
 
 
-@pytest.mark.parametrize(("stream", "backend", "lora", "accumulation", "processes"), all_cases() if LEVEL else SELECTION)
+@pytest.mark.parametrize(
+    ("stream", "backend", "lora", "accumulation", "processes"), all_cases() if LEVEL else SELECTION
+)
 def test_equals_one_process(stream, backend, lora, accumulation, processes, tmp_path):
     passed = False
     try:
