@@ -1,4 +1,4 @@
-"""The command line: run, add, report, merge, ls, env, validate.
+"""The command line: run, add, report, merge, estimate, ls, env, validate.
 
 Exit codes: 0 done, 2 bad input (one sentence), 130 interrupted with the state saved, 1 anything else.
 """
@@ -29,11 +29,18 @@ def make_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="start or continue a recipe or a run directory",
         epilog="Any key of the recipe can follow as --section.key value, e.g. --training.learning_rate 1e-4 "
-               "--methods '[{name: migu, threshold: 0.5}]' --run_dir DIR.",
+               "--methods '[{name: migu, threshold: 0.5}]' --run_dir DIR. With --accelerate_config, so can any option of "
+               "accelerate launch, e.g. --num_processes 4.",
     )  # fmt: skip
     run.add_argument("recipe", help="YAML file, the name of a recipe of the package, or a run directory to continue")
     run.add_argument("--dry_run", action="store_true", help="resolve and check everything, train nothing")
     run.add_argument("--only", default=None, help="comma-separated variants to run")
+    run.add_argument(
+        "--accelerate_config", default=None, metavar="PRESET",
+        help="start several processes: ddp, fsdp2, zero1, zero2, zero3, zero3_offload, multi_node, or an accelerate file",
+    )  # fmt: skip
+    run.add_argument("--isolate_tasks", action="store_true", help="learn each task in processes of its own")
+    run.add_argument("--one_task", action="store_true", help=argparse.SUPPRESS)
 
     add = commands.add_parser("add", help="append a task to a run's queue and learn it")
     add.add_argument("run", help="run directory")
@@ -66,6 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="options of the method, such as '{temperature: 0.15}'; default: those stored with the importance",
     )  # fmt: skip
 
+    estimate = commands.add_parser(
+        "estimate", help="memory per GPU of a recipe, by part, without loading the model",
+        epilog="Any key of the recipe can follow as --section.key value.",
+    )  # fmt: skip
+    estimate.add_argument("recipe", help="YAML file, or the name of a recipe of the package")
+    estimate.add_argument("--gpus", type=int, required=True, help="how many GPUs train together")
+    estimate.add_argument("--gpu_memory", required=True, help="memory of one of them, such as 80GB")
+    estimate.add_argument("--only", default=None, help="comma-separated variants")
+
     ls = commands.add_parser("ls", help="list what the package brings")
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
     ls.add_argument("name", nargs="?", default=None, help="a method, whose options are then explained")
@@ -79,37 +95,52 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    code, sentence = _main(argv)
+    if sentence:
+        from .launch import report_end
+
+        ended = report_end(code, sentence)  # a worker tells the command that started it, which prints it once
+        if ended is not None:
+            return ended
+        print(sentence, file=sys.stderr)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> tuple[int, str]:
+    """The exit code, and the sentence to end with."""
     try:
         args, rest = make_parser().parse_known_args(argv)
-        if rest and args.command != "run":
+        if rest and args.command not in ("run", "estimate"):
             raise InputError(
                 f"command line: {args.command} has no option {rest[0]}; see hf-continual {args.command} --help"
             )
-        return COMMANDS[args.command](args, rest)
+        return COMMANDS[args.command](args, rest), ""
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"error: {error}"
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {str(error) or 'stopped'}; run the same command again to continue", file=sys.stderr)
-        return 130
+        return 130, f"interrupted: {str(error) or 'stopped'}; run the same command again to continue"
     except BrokenPipeError:
-        return 1
+        return 1, ""
     except Exception as error:
         from .run_state import disk_full
 
         if not disk_full(error):
             raise
-        print("error: the disk is full; free some space and run the same command again", file=sys.stderr)
-        return 2
+        return 2, "error: the disk is full; free some space and run the same command again"
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from . import recipes
+    from . import launch, recipes
     from .models import quiet
 
     quiet()
-    overrides = recipes.parse_overrides(rest)
+    launcher, words = launch.split_flags(rest)
+    if args.accelerate_config is not None:
+        return _launch(args, launcher, words)
+    launch.refuse_flags(launcher)
+    launch.register_worker()
+    overrides = recipes.parse_overrides(words)
     if Path(args.recipe).is_dir():
         if overrides:
             raise InputError(
@@ -132,6 +163,9 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             runs = [r for r in runs if str(r.variant) in wanted]
         shared = {r.run_dir for r in runs}
         root = runs[0].run_dir if len(runs) == 1 else Path(os.path.commonpath([str(d) for d in shared]))
+    for run in runs:
+        launch.check_launch(run.recipe, base_dir=run.base_dir)
+    main_process = os.environ.get("RANK", "0") == "0"
     if args.dry_run:
         for run in runs:
             queue = run.queue()
@@ -140,18 +174,69 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             rows = ", ".join(
                 f"{t.name} ({len(t.train_dataset)} train, {len(t.eval_dataset)} eval)" for t in queue.stream
             )
-            print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
-        print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")
+            if main_process:
+                print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
+        if main_process:
+            print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")
+        launch.report_end(0, finished=True)
         return 0
     for number, run in enumerate(runs, 1):
-        if len(runs) > 1:
+        if args.one_task and number < len(runs) and _finished(run.run_dir):
+            continue
+        if len(runs) > 1 and main_process:
             print(
                 f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}",
                 flush=True,
             )
-        run.queue().run()
-    _print_report(root)
+        queue = run.queue()
+        if args.one_task:
+            queue.run(one_task=True)
+            if not _finished(run.run_dir) or number < len(runs):
+                launch.report_end(0, finished=False)
+                return 0
+        else:
+            queue.run(isolate_tasks=args.isolate_tasks)
+    if main_process:
+        _print_report(root)
+    launch.report_end(0, finished=True)
     return 0
+
+
+def _launch(args: argparse.Namespace, launcher: Sequence[str], words: Sequence[str]) -> int:
+    """Start the workers, each of which runs the same recipe without the launcher's options."""
+    from . import launch
+
+    if "RANK" in os.environ:
+        raise InputError(
+            f"--accelerate_config {args.accelerate_config}: a launcher has started this process already; leave it out"
+        )
+    rest = list(words)
+    if args.only:
+        rest += ["--only", args.only]
+    if args.dry_run:
+        rest.append("--dry_run")
+    command = launch.launch_command(args.accelerate_config, launcher, args.recipe, rest)
+    return launch.run_launched(command, isolate_tasks=args.isolate_tasks and not args.dry_run)
+
+
+def _finished(run_dir: Path) -> bool:
+    """Whether every task of a run directory is learnt and scored."""
+    from .run_state import RunDirectory
+
+    directory = RunDirectory(run_dir)
+    if not directory.exists or not (directory.path / "queue.json").exists():
+        return False
+    queue = directory.read_queue()
+    return bool(queue["cursor"] >= (1 if queue.get("joint") else len(queue["tasks"])))
+
+
+def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from . import recipes
+    from .memory_estimate import estimate_command
+
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus} must be at least 1")
+    return estimate_command(args.recipe, recipes.parse_overrides(rest), args.gpus, args.gpu_memory, args.only)
 
 
 def _print_report(path: Path, out: str | None = None, scorer: str | None = None) -> None:
@@ -302,6 +387,7 @@ COMMANDS = {
     "add": _add,
     "report": _report,
     "merge": _merge,
+    "estimate": _estimate,
     "ls": _ls,
     "env": _env,
     "validate": _validate,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
+from .distributed import Processes
 from .errors import InputError, did_you_mean
 from .models import is_seq2seq
 from .tasks import Task
 from .tokenization import encode_completion, encode_prompt
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -97,8 +103,12 @@ def evaluate_task(
     max_prompt_length: int,
     description: str = "",
     autocast_dtype: torch.dtype | None = None,
+    ranks: Processes | None = None,
 ) -> Cell:
     """Score `model` on `task.eval_dataset` (columns `prompt`, `references`).
+
+    With `ranks` every process must call it with the same whole model; they share the batches and all get the cell. It
+    is that of one process, since no batch is made differently.
 
     Raises:
         InputError: if the task has no evaluation data, or no labels where the scorer needs them.
@@ -110,13 +120,15 @@ def evaluate_task(
     encoded = [encode_prompt(row["prompt"], tokenizer, max_prompt_length, is_seq2seq(model)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]), i))
     device = next(model.parameters()).device
-    bar = tqdm(total=len(rows), desc=description or f"evaluating {task.name}", leave=False, unit="row")
+    hidden = ranks is not None and not ranks.is_main
+    title = description or f"evaluating {task.name}"
+    bar = tqdm(total=len(rows), desc=title, leave=False, unit="row", disable=hidden)
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     with bar, evaluating(model), torch.no_grad(), autocast:
         if scorer == "label_likelihood":
-            predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar)
+            predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar, ranks)
         else:
-            predictions = _by_generation(model, tokenizer, config, rows, encoded, order, bar)
+            predictions = _by_generation(model, tokenizer, config, rows, encoded, order, bar, ranks)
     settings: dict[str, Any] = {
         "scorer": scorer,
         "max_prompt_length": max_prompt_length,
@@ -201,6 +213,27 @@ def references_of(row: Any) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 
+def _own_batches(order: Sequence[int], size: int, ranks: Processes | None) -> Iterator[Sequence[int]]:
+    """Every so many-th batch, whole: rows padded to another length may be answered differently."""
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    yield from batches if ranks is None else batches[ranks.rank :: ranks.world_size]
+
+
+def _of_all_ranks(own: dict[int, T], ranks: Processes | None) -> dict[int, T]:
+    """What all ranks found, by row."""
+    if ranks is None or ranks.world_size == 1:
+        return own
+    ranks.barrier()
+    device = PartialState().device
+    text = torch.frombuffer(bytearray(json.dumps(list(own.items())).encode()), dtype=torch.uint8)
+    sizes = gather(torch.tensor([len(text)], device=device)).tolist()
+    padded = torch.nn.functional.pad(text, (0, max(sizes) - len(text))).to(device)
+    found = gather(padded[None]).cpu()
+    return {
+        i: value for row, size in zip(found, sizes, strict=True) for i, value in json.loads(bytes(row[:size].tolist()))
+    }
+
+
 def _by_generation(
     model: Any,
     tokenizer: Any,
@@ -209,6 +242,7 @@ def _by_generation(
     encoded: list[list[int]],
     order: list[int],
     bar: Any,
+    ranks: Processes | None,
 ) -> list[dict[str, Any]]:
     seq2seq = is_seq2seq(model)
     device = next(model.parameters()).device
@@ -219,9 +253,8 @@ def _by_generation(
         eos_token_id=eos, use_cache=True,
         decoder_start_token_id=model.generation_config.decoder_start_token_id if seq2seq else None,
     )  # fmt: skip
-    answers: list[str] = [""] * len(rows)
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
+    answers: dict[int, str] = {}
+    for batch in _own_batches(order, config.batch_size, ranks):
         ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
         with using(model, generation):
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
@@ -229,13 +262,14 @@ def _by_generation(
             output = output[:, ids.shape[1] :]
         for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
-        bar.update(len(batch))
+        bar.update(len(batch) * (ranks.world_size if ranks is not None else 1))
+    answers = _of_all_ranks(answers, ranks)
     return [{"index": i, "prediction": answers[i], "references": references_of(row)} for i, row in enumerate(rows)]
 
 
 def _by_likelihood(
     model: Any, tokenizer: Any, task: Task, config: EvaluationConfig, rows: list[Any], encoded: list[list[int]],
-    order: list[int], bar: Any,
+    order: list[int], bar: Any, ranks: Processes | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """argmax over labels of log p(label, end | prompt), with each prompt encoded once and shared by its labels."""
     labels = list(task.labels or ())
@@ -245,10 +279,9 @@ def _by_likelihood(
         )
     seq2seq = is_seq2seq(model)
     device = next(model.parameters()).device
-    scores: list[list[float]] = [[] for _ in rows]
+    scores: dict[int, list[float]] = {}
     size = max(1, config.batch_size // len(labels))
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    for batch in _own_batches(order, size, ranks):
         ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
         answers = [
             encode_completion(label, rows[i]["prompt"], tokenizer, 10_000, seq2seq) for i in batch for label in labels
@@ -280,7 +313,8 @@ def _by_likelihood(
         totals = (token_scores * target_mask).sum(-1).view(len(batch), n)
         for i, row_scores in zip(batch, totals.tolist(), strict=True):
             scores[i] = row_scores
-        bar.update(len(batch))
+        bar.update(len(batch) * (ranks.world_size if ranks is not None else 1))
+    scores = _of_all_ranks(scores, ranks)
     return [
         {
             "index": i,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig
 
@@ -308,7 +309,9 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 f"training.{taken} is set by the queue; use {'run_dir' if taken == 'output_dir' else taken} of "
                 "the recipe"
             )
-    make_training_args({"output_dir": "unused", **resolved["training"]}, seq2seq=True)
+    # What a recipe for GPUs says is checked on machines without one, too; training there is refused by the Trainer.
+    elsewhere = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    make_training_args({"output_dir": "unused", **elsewhere, **resolved["training"]}, seq2seq=True)
     if not isinstance(resolved["joint"], bool):
         raise InputError(f"joint={resolved['joint']!r} must be true or false")
     if isinstance(resolved["methods"], (str, dict)):

@@ -13,7 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
+from .distributed import Processes, full, is_partitioned
 from .errors import InputError, build
 from .lora import LoraView
 from .models import ModelConfig, apply_lora, fix_loss_scaling, load_model, load_tokenizer
@@ -22,6 +24,8 @@ from .run_state import read_json, write_json
 from .tokenization import ensure_pad_token
 
 BEFORE_ANY_TASK = -1
+OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens")
+"""In the names of parameters that PEFT saves with an adapter."""
 
 
 class RunModel:
@@ -62,6 +66,10 @@ class RunModel:
         return self._tokenizer
 
     @property
+    def given_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self._tokenizer
+
+    @property
     def at(self) -> int | None:
         """The task after which the model in memory is."""
         return self._at
@@ -73,6 +81,7 @@ class RunModel:
         return {"fingerprint": fingerprint(self._bare())}
 
     def _bare(self, empty: bool = False) -> Any:
+        unset_hf_deepspeed_config()  # `from_pretrained` splits the weights while ZeRO-3's arguments are alive
         set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
         if isinstance(self.source, ModelConfig):
             return load_model(self.source, empty=empty)
@@ -97,8 +106,8 @@ class RunModel:
     def _check_adapters(self, model: Any) -> None:
         """Everything that learns must be in the adapters, for only they are committed."""
         LoraView(model).peft_model("the task queue")
-        saved = ("lora_", "modules_to_save", "trainable_tokens")
-        loose = [n for n, p in model.named_parameters() if p.requires_grad and not any(word in n for word in saved)]
+        learning = [name for name, p in model.named_parameters() if p.requires_grad]
+        loose = [name for name in learning if not any(word in name for word in OF_ADAPTERS)]
         biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
         if loose and not (biases and all(n.endswith("bias") for n in loose)):
             raise InputError(
@@ -134,6 +143,37 @@ class RunModel:
     def release(self) -> None:
         self._model, self._at = None, None
         gc.collect()
+
+    def whole(self, model: Any, ranks: Processes) -> Any:
+        """`model`, or a whole copy of it on rank 0 (None elsewhere) where its weights are split between the ranks.
+
+        Every rank must call it, and none returns before all have.
+        """
+        ranks.barrier()
+        if not any(is_partitioned(p) for p in model.parameters()):
+            return model
+        view, copies = LoraView(model), []
+
+        def make() -> None:
+            copied = self.fresh()
+            for name in view.adapters:
+                if name not in copied.peft_config:
+                    copied.add_adapter(name, copy.deepcopy(model.peft_config[name]))
+            if view.is_peft:
+                trainable = {name for _, layer in view.layers() for name in view.trainable(layer)}
+                LoraView(copied).activate(view.active, sorted(trainable))
+            copies.append(copied)
+
+        ranks.on_main(make)
+        targets = dict(copies[0].named_parameters()) if ranks.is_main else {}
+        for name, parameter in model.named_parameters():
+            if view.is_peft and not parameter.requires_grad and not any(word in name for word in OF_ADAPTERS):
+                continue
+            value = full({name: parameter})[name]  # one by one: only rank 0 keeps them all
+            if ranks.is_main:
+                with torch.no_grad():
+                    targets[name].copy_(value)
+        return copies[0] if ranks.is_main else None
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the model in plain PEFT or plain transformers layout, and what `after` needs."""

@@ -344,3 +344,17 @@ def disk_full(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout",
+        "Timed out waiting", "NCCL error", "failed to recv", "Connection was likely closed")  # fmt: skip
+
+
+def peer_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the run is gone; torch says so only in words."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, RuntimeError) and any(sign in str(chain) for sign in LOST):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -23,21 +25,27 @@ from . import metrics
 from .checkpoints import CheckpointSizes, usable_checkpoint
 from .collators import make_collator
 from .data import as_rows, content_hash
-from .distributed import Distributed
+from .distributed import Distributed, processes, release_engine
 from .errors import InputError, Interrupted, build, did_you_mean
 from .evaluation import EvaluationConfig, check_task, evaluate_task
 from .lora import LoraView
 from .methods.base import MethodContext, MethodList
-from .models import ModelConfig, is_seq2seq, library_bars
+from .models import ModelConfig, first_line, is_seq2seq, library_bars
 from .provenance import changed_arguments, first_difference, git_commit, plain, plain_peft, versions
 from .run_model import BEFORE_ANY_TASK, RunModel, training_device
-from .run_state import RunDirectory, disk_full, write_json
+from .run_state import RunDirectory, disk_full, peer_lost, try_json, write_json
 from .tasks import Task, check_stream
 from .tokenization import tokenize_dataset
 from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer
 from .training_args import make_training_args
 
 JOINT = "joint"
+LAUNCH = "processes.json"
+"""In the work folder of a task: by how many processes, and on which backend, its checkpoints were made."""
+IN_MEMORY = ("single", "ddp")
+"""Backends that leave the model as it was given; elsewhere each task loads the last commit into a new one."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -74,16 +82,22 @@ class QueueResult:
 
 
 class _StopAtSignal(TrainerCallback):
-    """Ends the training at the next step, with a checkpoint, once the flag is set."""
+    """Ends the training at the next step, with a checkpoint, once rank 0's flag is set."""
 
     in_phases = True
 
     def __init__(self) -> None:
         self.stop = False
         self.trainer: Any = None
+        self.processes = processes()
+
+    def agreed(self) -> bool:
+        """Rank 0's flag: signals reach the ranks at different steps, and all must stop at the same one."""
+        self.stop = self.processes.broadcast(self.stop)
+        return self.stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:
+        if self.agreed():
             control.should_save = control.should_training_stop = True
             if self.trainer is not None:
                 self.trainer.interrupted = True
@@ -91,6 +105,9 @@ class _StopAtSignal(TrainerCallback):
 
 class TaskQueue:
     """Learns a stream of tasks in a run directory.
+
+    Under `torchrun` or `accelerate launch` every process makes the same queue and runs it: rank 0 alone reads the
+    state of the run directory, decides and writes; all train, and share the rows to score.
 
     Args:
         run_dir: where everything is written; see `run_state.py` for the layout. An unfinished run is continued, a
@@ -150,8 +167,9 @@ class TaskQueue:
         MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
         for task in self.stream:
             self._check_task(task)
+        self.processes = processes()
         self._stop = _StopAtSignal()
-        self._bars = not datasets.are_progress_bars_disabled()
+        self._bars = self.processes.is_main and not datasets.are_progress_bars_disabled()
         options = self._args if isinstance(self._args, Mapping) else vars(self._args)
         if options.get("methods"):
             raise InputError("training.methods: give the methods to the TaskQueue, as methods=[...]")
@@ -180,19 +198,22 @@ class TaskQueue:
         check_stream(stream)
         self._check_task(stream[-1])
         check_task(stream[-1], self._evaluation)  # here already: a recorded task cannot be taken back
-        if (self.directory.path / "queue.json").exists():
-            with self.directory.locked(), self._clear_errors():
-                queue = self.directory.read_queue()
-                before, self.stream = self.stream, stream
-                try:
+        before, self.stream = self.stream, stream
+
+        def write() -> None:
+            if (self.directory.path / "queue.json").exists():
+                with self.directory.locked():
+                    queue = self.directory.read_queue()
                     self._check_same_stream(queue)
                     if record is not None:
                         record()
                     self._write_queue(queue["cursor"])
-                except BaseException:
-                    self.stream = before
-                    raise
-        self.stream = stream
+
+        try:
+            self._on_main(write)
+        except BaseException:
+            self.stream = before
+            raise
 
     def _check_task(self, task: Task) -> None:
         if task.train_dataset is None or len(task.train_dataset) == 0:
@@ -227,37 +248,133 @@ class TaskQueue:
         if self.directory.holds_learning:
             self._check_same_stream(self.directory.read_queue())
 
-    def run(self) -> QueueResult:
+    def run(self, isolate_tasks: bool = False, one_task: bool = False) -> QueueResult:
         """Start or continue; returns when every task is learnt and scored.
 
+        Args:
+            isolate_tasks: learn each task in a process of its own, so that nothing of one is left in memory for the
+                next; the result is the same. The queue is sent there, so a script needs `if __name__ == "__main__":`.
+                Under a launcher it is `one_task`, and the command that started the processes starts them again.
+            one_task: return after the next task that is learnt and scored.
+
         Raises:
-            InputError: for bad input or a full disk; what is learnt stays.
+            InputError: for bad input, a full disk or a process that died; what is learnt stays.
             Interrupted: after SIGINT, with the current task's checkpoint saved.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the task queue runs in one process in this version; "
-                "start it without "
-                "a launcher, or use ContinualTrainer by hand under the launcher"
-            )
-        with self.directory.locked(), self._signals(), self._clear_errors(), library_bars(False):
-            cursor = self._open()
+        self._check_launcher()
+        if isolate_tasks and self.processes.world_size == 1 and not one_task:
+            self._run_isolated()
+        else:
+            self._run(one_task or isolate_tasks)
+        return self.result()
+
+    def _run(self, one_task: bool = False) -> bool:
+        """Returns whether nothing is left to learn."""
+        with self._locked(), self._signals(), self._clear_errors(), library_bars(False):
+            cursor = self._on_main(self._open)
             tasks = self.learnt_tasks
             if cursor > len(tasks):
-                print(f"{self.directory.path}: {len(tasks)} task(s) learnt, {cursor - len(tasks)} added since")
-                return self.result()
-            if cursor == len(tasks) and not self._missing_cells(cursor):
-                self._write_queue(cursor)
-                print(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
-                return self.result()
+                self._say(f"{self.directory.path}: {len(tasks)} task(s) learnt, {cursor - len(tasks)} added since")
+                return True
+            if cursor == len(tasks) and not self._cells_to_score(cursor):
+                self._on_main(lambda: self._write_queue(cursor))
+                self._say(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
+                return True
             self._evaluate_missing(cursor)
             for index in range(cursor, len(tasks)):
-                if not self.directory.is_learnt(tasks[index]):
+                if not self._on_main(lambda task=tasks[index]: self.directory.is_learnt(task)):  # type: ignore[misc]
                     self._learn(tasks[index])
+                    if self.model.at != index:
+                        gc.collect()  # of what held the model that is not kept
                 self._evaluate_missing(index + 1)
-                self._write_queue(index + 1)
+                self._on_main(lambda learnt=index + 1: self._write_queue(learnt))  # type: ignore[misc]
+                if one_task:
+                    break
+            done = cursor == len(tasks) or index + 1 == len(tasks)
             self.model.release()
-            return self.result()
+            return done
+
+    def _check_launcher(self) -> None:
+        args = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        if args.get("deepspeed") and "RANK" not in os.environ:
+            raise InputError(
+                "training.deepspeed is given and no launcher started this process, which DeepSpeed needs for one "
+                "process too; start it with `torchrun --nproc_per_node 1`"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.processes.is_main:
+            print(line, flush=True)
+
+    def _on_main(self, function: Callable[[], T]) -> T:
+        """Run on rank 0; what it returns (as JSON), or its clear error, is every rank's."""
+
+        def clearly() -> T:
+            with self._clear_errors():
+                return function()
+
+        return self.processes.on_main(clearly)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The lock of the run directory, which rank 0 holds for all."""
+        with ExitStack() as stack, self._clear_errors():
+            self._on_main(lambda: stack.enter_context(self.directory.locked()))
+            yield
+
+    def _run_isolated(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        finished = False
+        while not finished:
+            receiver, sender = context.Pipe(duplex=False)
+            given = (sender, torch.get_num_threads(), self._options())
+            child = context.Process(target=_learn_one_task, args=given)
+            try:
+                child.start()
+            except Exception as error:  # pickling has no error of its own
+                raise InputError(
+                    f"isolate_tasks: the queue cannot be sent to another process ({first_line(error)}); give the model "
+                    "as a folder or hub id, and methods, callbacks and collators as objects of classes in a module"
+                ) from error
+            sender.close()
+            with _forwarding_sigint(child):
+                try:
+                    answer = receiver.recv()
+                except EOFError:
+                    answer = {}
+                child.join()
+            receiver.close()
+            if "interrupted" in answer:
+                raise Interrupted(answer["interrupted"])
+            if "error" in answer:
+                raise InputError(answer["error"])
+            if "finished" not in answer:
+                raise InputError(
+                    f"isolate_tasks: the process of a task ended with exit code {child.exitcode} before the task was "
+                    "learnt; what is learnt is kept, and the same command goes on from there"
+                )
+            finished = answer["finished"]
+        self.model.release()
+
+    def _options(self) -> dict[str, Any]:
+        """What makes an equal queue in another process."""
+        return {
+            "run_dir": self.directory.path,
+            "model": self.model.source,
+            "tasks": self.stream,
+            "methods": self._method_specs,
+            "args": self._args,
+            "processing_class": self.model.given_tokenizer,
+            "peft_config": self._peft_config,
+            "data": self._data,
+            "evaluation": self._evaluation,
+            "seed": self.seed,
+            "joint": self.joint,
+            "trainer_class": self._trainer_class,
+            "trainer_kwargs": self._trainer_kwargs,
+            "recipe": self._recipe,
+            "variant": self.variant,
+        }
 
     def result(self) -> QueueResult:
         """The score matrix and metrics of what is learnt so far."""
@@ -357,6 +474,7 @@ class TaskQueue:
                 "joint": self.joint,
                 "variant": self.variant,
                 "seed": self.seed,
+                "world_size": self.processes.world_size,
                 "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
                 "versions": versions(),
                 "git": git_commit(),
@@ -430,7 +548,7 @@ class TaskQueue:
     def _learn(self, task: Task) -> None:
         """Train, merge and commit one task."""
         total = len(self.learnt_tasks)
-        print(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==", flush=True)
+        self._say(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==")
         tokenizer = self.model.tokenizer
         train_dataset = self._tokenized(task, is_seq2seq(self.model.after(task.index - 1)))
         model = self.model.take(task.index - 1)
@@ -458,15 +576,17 @@ class TaskQueue:
         )
         self._stop.trainer = trainer
         trainer.seeds_per_task = True
-        checkpoint = usable_checkpoint(self.directory.work_folder(task))
-        if checkpoint is not None:
-            print(f"continuing from {checkpoint.name}", flush=True)
+        name = self._on_main(lambda: self._checkpoint_of(task, trainer.dist.backend))
+        checkpoint = str(self.directory.work_folder(task) / name) if name is not None else None
+        if name is not None:
+            self._say(f"continuing from {name}")
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            trainer.train(resume_from_checkpoint=checkpoint)
         except InputError as error:
             if trainer._nonfinite is None or not bool(trainer._nonfinite):
                 raise
-            self.directory.drop_work(task)  # another learning rate must not continue from this one's checkpoints
+            if self.processes.is_main:
+                self.directory.drop_work(task)  # another learning rate must not continue from this one's checkpoints
             if task.index == 0:
                 raise
             raise InputError(
@@ -477,19 +597,40 @@ class TaskQueue:
             raise Interrupted(f"stopped in task '{task.name}' at step {trainer.state.global_step}")
         for method in methods:
             if (line := method.summary()) is not None:
-                print(f"{method.name}: {line}", flush=True)
+                self._say(f"{method.name}: {line}")
         trained = trainer.accelerator.unwrap_model(trainer.model)
+        whole = self.model.whole(trained, self.processes)  # also waits until every rank is done with the work folder
 
         def write(folder: Path) -> None:
-            self.model.save(trained, folder)
-            methods.save(folder / "methods")
+            self.model.save(whole, folder)
+            for method in methods:  # rank 0 alone: after a task no part of the state is on another rank
+                method.save(folder / "methods")
             write_json(folder / "log.json", trainer.state.log_history)
 
-        self.directory.commit_task(task, write)
-        self.model.keep(trained, task.index)
-        self._stop.trainer = None
+        self._on_main(lambda: self.directory.commit_task(task, write))
         trained.zero_grad(set_to_none=True)
+        release_engine(trainer)
         trainer.accelerator.free_memory()
+        self._stop.trainer = None
+        if trainer.dist.backend in IN_MEMORY:
+            self.model.keep(trained, task.index)
+
+    def _checkpoint_of(self, task: Task, backend: str) -> str | None:
+        """The checkpoint to continue from, refused if other processes made it: the batches would be others."""
+        folder = self.directory.work_folder(task)
+        found = usable_checkpoint(folder, self.processes.world_size)
+        now = {"world_size": self.processes.world_size, "backend": backend}
+        if found is not None:
+            made = try_json(folder / LAUNCH) or {"world_size": 1, "backend": "single"}
+            for key, what in (("world_size", "process(es)"), ("backend", "backend")):
+                if made.get(key) != now[key]:
+                    old, new = (f"{v[key]} {what}" if what[0] == "p" else f"{what} {v[key]}" for v in (made, now))
+                    raise InputError(
+                        f"task '{task.name}' was begun with {old} and would go on with {new}, which trains on other "
+                        f"batches; start it as before, or delete {folder} to train this task anew"
+                    )
+        write_json(folder / LAUNCH, now)
+        return found.name if found is not None else None
 
     def _training_args(self, task: Task, seq2seq: bool) -> TrainingArguments:
         work = str(self.directory.work_folder(task))
@@ -521,10 +662,9 @@ class TaskQueue:
         end = self.model.tokenizer.eos_token_id
         cut = sum(labels[-1] != end for labels in tokens["labels"])  # a whole answer ends in the end token
         if cut:
-            print(
+            self._say(
                 f"warning: task '{task.name}': {cut} of {len(tokens)} answers are longer than "
-                f"data.max_completion_length={self._data.max_completion_length} tokens and are cut",
-                flush=True,
+                f"data.max_completion_length={self._data.max_completion_length} tokens and are cut"
             )
         return tokens
 
@@ -545,11 +685,26 @@ class TaskQueue:
             if not self.directory.has_cell(tasks[i] if i >= 0 else None, task)
         ]
 
+    def _cells_to_score(self, learnt: int) -> list[tuple[int, Task]]:
+        """The missing cells, as rank 0 sees them; first those of the model that it has in memory."""
+        in_memory = self.model.at
+
+        def missing() -> list[tuple[int, int]]:
+            cells = sorted(self._missing_cells(learnt), key=lambda c: (c[0] != in_memory, c[0], c[1].index))
+            return [(index, task.index) for index, task in cells]
+
+        return [(index, self.stream[j]) for index, j in self._on_main(missing)]
+
     def _evaluate_missing(self, learnt: int) -> None:
+        """Score; the ranks share the batches.
+
+        DeepSpeed's and FSDP2's models were left at the commit, and `after` loads it on every rank. So `generate` runs
+        without an engine, which would have to collect the weights for every token, and the scores are those of the
+        files that are kept, whatever trained them.
+        """
         tasks = self.learnt_tasks
         args = self._args if isinstance(self._args, Mapping) else vars(self._args)
-        in_memory = self.model.at
-        for index, task in sorted(self._missing_cells(learnt), key=lambda c: (c[0] != in_memory, c[0], c[1].index)):
+        for index, task in self._cells_to_score(learnt):
             model = self.model.after(index).to(training_device(bool(args.get("use_cpu"))))
             after = tasks[index] if index >= 0 else None
             name = after.name if after is not None else "no task"
@@ -561,10 +716,11 @@ class TaskQueue:
                 max_prompt_length=self._data.max_prompt_length,
                 description=f"after {name}: scoring {task.name}",
                 autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
+                ranks=self.processes,
             )
-            self.directory.write_cell(after, task, cell)
-            print(f"after {name}: {task.name} {cell.metric} = {100 * cell.score:.1f} (n={cell.n})", flush=True)
-            if self._stop.stop:
+            self._on_main(lambda: self.directory.write_cell(after, task, cell))  # noqa: B023 - called at once
+            self._say(f"after {name}: {task.name} {cell.metric} = {100 * cell.score:.1f} (n={cell.n})")
+            if self._stop.agreed():
                 raise Interrupted(f"stopped while scoring after {name}")
 
     # -- signals and errors ------------------------------------------------------------------------------------------
@@ -583,7 +739,7 @@ class TaskQueue:
             where = "stopping, the phase after the merge is done again"  # it has no checkpoints
             if self._stop.trainer._phase is None:
                 where = "saving a checkpoint at the end of this step"
-            print(f"\ninterrupted: {where} (once more to stop at once)", flush=True)
+            self._say(f"\ninterrupted: {where} (once more to stop at once)")
 
         self._stop.stop = False
         before = signal.signal(signal.SIGINT, handle)
@@ -602,6 +758,12 @@ class TaskQueue:
         except (InputError, Interrupted):
             raise
         except Exception as error:
+            if self.processes.world_size > 1 and peer_lost(error):
+                raise InputError(
+                    f"run_dir={self.directory.path}: another process of this run ended (rank {self.processes.rank} of "
+                    f"{self.processes.world_size} lost it); see what it said, and start all of them again: every "
+                    "learnt task is kept"
+                ) from error
             if disk_full(error):
                 raise InputError(
                     f"run_dir={self.directory.path}: the disk is full; free some space and run the same command again, "
@@ -614,6 +776,30 @@ class TaskQueue:
                     "change its permissions, or use another run directory"
                 ) from error
             raise
+
+
+def _learn_one_task(sender: Any, threads: int, options: dict[str, Any]) -> None:
+    """What `isolate_tasks` runs in a process of its own."""
+    os.setsid()  # SIGINT of the terminal comes through the parent, once
+    torch.set_num_threads(threads)  # sums are split by threads, so another number gives other last digits
+    try:
+        sender.send({"finished": TaskQueue(**options)._run(one_task=True)})
+    except InputError as error:
+        sender.send({"error": str(error)})
+    except Interrupted as error:
+        sender.send({"interrupted": str(error)})
+
+
+@contextmanager
+def _forwarding_sigint(child: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(child.pid, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:

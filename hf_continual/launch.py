@@ -1,0 +1,414 @@
+"""Starting a recipe in several processes: presets of `accelerate launch`, its flags, and how a run's end comes back.
+
+`hf-continual run RECIPE --accelerate_config zero2` starts `accelerate launch`, which starts the workers, each of which
+is `hf-continual run RECIPE` again. A worker that ends with a sentence leaves it in a folder named by `STATUS`; the
+command that started them prints it once and ends with its exit code, which torchrun would turn into 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.resources
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from .errors import InputError, did_you_mean
+from .recipes import SECTIONS
+
+STATUS = "HF_CONTINUAL_LAUNCH_STATUS"
+"""Environment variable: the folder in which each worker leaves its process id and how it ended."""
+OURS = ("config_file", "module", "no_python", "training_script", "training_script_args", "help")
+"""Flags of `accelerate launch` that this package fills in itself."""
+NODE_FLAGS = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
+PATIENCE = 5.0
+"""Seconds a worker that ends early waits for the others of its machine to end as well."""
+
+
+# -- presets and flags -----------------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, Path]:
+    """The accelerate configurations that this package brings, by name."""
+    try:
+        root = Path(str(importlib.resources.files("hf_continual.recipe_files")))
+    except ModuleNotFoundError:  # a checkout that is not installed
+        root = Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted((root / "accelerate_configs").glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """A preset's name or the path of an accelerate configuration.
+
+    Raises:
+        InputError: if there is neither, or accelerate cannot read it.
+    """
+    path = Path(name) if Path(name).is_file() else presets().get(name)
+    if path is None:
+        raise InputError(
+            f"--accelerate_config {name}: there is no such file, and no such preset{did_you_mean(name, presets())}"
+        )
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(str(path))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, yaml.YAMLError) as error:
+        raise InputError(
+            f"--accelerate_config {name}: accelerate cannot read it ({' '.join(str(error).split())}); write one with "
+            f"`accelerate config`, or use a preset: {', '.join(presets())}"
+        ) from error
+    return path
+
+
+def launcher_options() -> dict[str, argparse.Action]:
+    """What `accelerate launch` takes, by name without dashes."""
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = launch_command_parser()._actions
+    return {
+        option[2:].replace("-", "_"): action
+        for action in actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words after the recipe -> (flags of `accelerate launch`, overrides of the recipe).
+
+    Raises:
+        InputError: for a flag that is neither, with the nearest that is.
+    """
+    options: dict[str, argparse.Action] | None = None
+    launcher: list[str] = []
+    overrides: list[str] = []
+    i = 0
+    while i < len(words):
+        word = words[i]
+        if not word.startswith("--"):
+            raise InputError(f"command line: '{word}' belongs to no option; write --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if "." in key or key in SECTIONS:
+            overrides += words[i : i + (1 if equals else 2)]
+            i += 1 if equals else 2
+            continue
+        if options is None:
+            options = launcher_options()
+        name = key.replace("-", "_")
+        if name not in options:
+            known = [*SECTIONS, *(n for n in options if n not in OURS)]
+            raise InputError(f"command line: run has no option --{key}{did_you_mean(name, known)}")
+        if name in OURS:
+            raise InputError(f"command line: --{key} of accelerate launch is set by run; use --accelerate_config FILE")
+        if options[name].nargs == 0:
+            launcher.append(f"--{name}")
+            i += 1
+            continue
+        if not equals:
+            i += 1
+            if i == len(words):
+                raise InputError(f"command line: --{key} has no value; write --{key} value")
+            value = words[i]
+        launcher += [f"--{name}", value]
+        i += 1
+    return launcher, overrides
+
+
+def refuse_flags(launcher: Sequence[str]) -> None:
+    """Refuse flags of `accelerate launch` where nothing is launched."""
+    if launcher:
+        raise InputError(
+            f"command line: {launcher[0]} is an option of accelerate launch; add --accelerate_config with a preset "
+            f"({', '.join(presets())}) or a file"
+        )
+
+
+def launch_command(
+    config: str, launcher: Sequence[str], recipe: str, rest: Sequence[str], gpus: int | None = None
+) -> list[str]:
+    """The command that starts the workers.
+
+    Args:
+        config: name of a preset or a path.
+        launcher: flags of `accelerate launch`, as `split_flags` gives them.
+        recipe, rest: what each worker's `run` gets.
+        gpus: GPUs of this machine; counted if not given.
+
+    Raises:
+        InputError: for a configuration that would start something else than it says.
+    """
+    path = find_config(config)
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    text = path.read_text(encoding="utf-8")
+    settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    given = {word[2:]: True for word in launcher if word.startswith("--")}
+    kind = str(settings.get("distributed_type", "NO"))
+    if "cpu" in given or settings.get("use_cpu") or kind == "MULTI_CPU":
+        raise InputError(
+            f"--accelerate_config {config}: accelerate starts one process on the CPU; use the preset ddp with "
+            "--num_processes N --training.use_cpu true, which starts N without a GPU"
+        )
+    if (kind == "FSDP" or "use_fsdp" in given) and gpus == 0:
+        raise InputError(
+            f"--accelerate_config {config}: FSDP needs a GPU and this machine has none; use ddp, zero1, zero2 or zero3"
+        )
+    extra: list[str] = []
+    if "num_processes" not in given and settings.get("num_processes") is None:
+        if "num_machines" in given or config == "multi_node":
+            raise InputError("--num_processes is missing; give the number of processes of all machines together")
+        if gpus == 0:
+            raise InputError("--num_processes is missing and this machine has no GPUs to count; give it, for example 2")
+        extra = ["--num_processes", str(gpus)]
+    if config == "multi_node":
+        for flag in NODE_FLAGS:
+            if flag not in given:
+                raise InputError(f"--accelerate_config multi_node: --{flag} is missing; give it on every machine")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return [*start, *extra, *launcher, "-m", "hf_continual.cli", "run", recipe, *rest]
+
+
+# -- the command that starts the workers -----------------------------------------------------------------------------
+
+
+def run_launched(command: Sequence[str], isolate_tasks: bool = False) -> int:
+    """Start the workers and wait; once a task until all are learnt, if `isolate_tasks`. Returns the exit code."""
+    if not isolate_tasks:
+        return _launch_once(command)[0]
+    while True:
+        code, finished = _launch_once([*command, "--one_task"])
+        if code or finished:
+            return code
+
+
+def _launch_once(command: Sequence[str]) -> tuple[int, bool]:
+    with tempfile.TemporaryDirectory(prefix="hf-continual-") as folder:
+        environment = {**os.environ, STATUS: folder}
+        # A session of its own: Ctrl-C reaches this process alone, which passes it on once. A second SIGINT to a worker
+        # means "at once", and torchrun would kill it in the middle of its checkpoint.
+        child = subprocess.Popen(list(command), env=environment, start_new_session=True)
+        with _forward_signals(child, Path(folder)):
+            code = child.wait()
+        ends = _ends(Path(folder))
+    said = [end for end in ends if end.get("message")]
+    if said:
+        print(said[0]["message"], file=sys.stderr, flush=True)
+        return int(said[0]["code"]), False
+    finished = any(end.get("finished") for end in ends)
+    if code == 0 and not any("finished" in end for end in ends) and not _is_other_machine(command):
+        raise InputError(
+            "--accelerate_config: the launcher ended without starting a run; see what it printed, and check its flags"
+        )
+    return (128 - code if code < 0 else code), finished
+
+
+def _is_other_machine(command: Sequence[str]) -> bool:
+    """Only the first of several machines has rank 0, which says whether the run is finished."""
+    rank = command[command.index("--machine_rank") + 1] if "--machine_rank" in command else "0"
+    return rank != "0"
+
+
+def _ends(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.end")]
+    # What a worker says of itself before what it says of a lost one, which is only a consequence.
+    return sorted(found, key=lambda end: (bool(end.get("lost")), end["rank"]))
+
+
+@contextlib.contextmanager
+def _forward_signals(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+    def forward(number: int, frame: Any) -> None:
+        workers = [int(path.read_text()) for path in folder.glob("*.pid")] if number == signal.SIGINT else []
+        for pid in workers or [child.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- in a worker -----------------------------------------------------------------------------------------------------
+
+
+def register_worker(environment: Mapping[str, str] = os.environ) -> None:
+    """Leave this worker's process id for the command that started it."""
+    if environment.get(STATUS):
+        _write(Path(environment[STATUS]) / f"{environment.get('RANK', '0')}.pid", str(os.getpid()))
+
+
+def report_end(
+    code: int, message: str = "", finished: bool | None = None, environment: Mapping[str, str] = os.environ
+) -> int | None:
+    """Leave how this worker ends for the command that started it; None if no command of ours did.
+
+    Returns the exit code to end with: 0 once every worker has left its end, for torchrun then has nothing to add;
+    otherwise `code`, so that it stops the workers that still run.
+    """
+    if not environment.get(STATUS):
+        return None
+    folder, rank = Path(environment[STATUS]), int(environment.get("RANK", "0"))
+    end: dict[str, Any] = {"rank": rank, "code": code, "message": message, "lost": "another process of this" in message}
+    if finished is not None:
+        end["finished"] = finished
+    _write(folder / f"{rank}.end", json.dumps(end))
+    if not code:
+        return 0
+    world = int(environment.get("WORLD_SIZE", "1"))
+    if world != int(environment.get("LOCAL_WORLD_SIZE", "1")):
+        return code  # ends on other machines cannot be seen
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if len(list(folder.glob("*.end"))) == world:
+            return 0
+        time.sleep(0.05)
+    return code
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(f"{path.suffix}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# -- recipe and launcher ---------------------------------------------------------------------------------------------
+
+
+def check_launch(
+    recipe: Mapping[str, Any], environment: Mapping[str, str] = os.environ, base_dir: Path | None = None
+) -> None:
+    """Refuse a recipe that asks for something else than the launcher that started this process.
+
+    Reads environment variables and configuration files, nothing else.
+
+    Args:
+        recipe: resolved.
+        environment: variables as `accelerate launch` or torchrun set them.
+        base_dir: where a relative path of `training.deepspeed` may start, besides the current folder.
+
+    Raises:
+        InputError: if they disagree.
+    """
+    training = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    training |= recipe.get("training") or {}
+
+    def on(name: str) -> bool:
+        return environment.get(name, "false").lower() in ("true", "1")
+
+    uses_deepspeed, uses_fsdp = on("ACCELERATE_USE_DEEPSPEED"), on("ACCELERATE_USE_FSDP")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION")  # only accelerate launch sets it
+    if training["deepspeed"] and uses_deepspeed:
+        raise InputError(
+            "training.deepspeed is given and the launcher brings DeepSpeed too; remove one of them: "
+            "training.deepspeed, or --accelerate_config with DeepSpeed"
+        )
+    if training["deepspeed"] and precision is not None:
+        raise InputError(
+            f"training.deepspeed is given and accelerate launch starts {'FSDP' if uses_fsdp else 'no DeepSpeed'}; use "
+            "--accelerate_config zero2 (or zero1, zero3) and remove training.deepspeed, or start with torchrun"
+        )
+    if (training["deepspeed"] or uses_deepspeed) and on("ACCELERATE_USE_CPU"):
+        raise InputError("ACCELERATE_USE_CPU is set, which turns DeepSpeed off; unset it and use training.use_cpu=true")
+    if training["fsdp"] and uses_deepspeed:
+        raise InputError(
+            f"training.fsdp={training['fsdp']!r} and the launcher brings DeepSpeed; remove training.fsdp, or use "
+            "--accelerate_config fsdp2"
+        )
+    if uses_fsdp and environment.get("FSDP_VERSION", "1") != "2":
+        raise InputError("the launcher starts FSDP1, which is not supported; use --accelerate_config fsdp2")
+    if uses_fsdp and training["use_cpu"]:
+        raise InputError("training.use_cpu=true and the launcher starts FSDP, which needs GPUs; use ddp or zero2")
+    for kind in ("bf16", "fp16"):
+        if precision == kind and not training[kind]:
+            raise InputError(
+                f"training.{kind}={training[kind]!r} and the launcher says mixed_precision {kind}; set "
+                f"training.{kind}=true, or leave mixed_precision out of the launcher"
+            )
+    if precision in ("bf16", "fp16") and training["bf16" if precision == "fp16" else "fp16"]:
+        raise InputError(f"the launcher says mixed_precision {precision} and the recipe another; set it in the recipe")
+
+    if uses_deepspeed:
+        for variable, option in (
+            ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps"),
+            ("ACCELERATE_GRADIENT_CLIPPING", "max_grad_norm"),
+        ):
+            _agree(environment.get(variable, "auto"), training[option], f"the launcher's {variable}", option)
+    source = training["deepspeed"] or (uses_deepspeed and environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    if source and source != "none":
+        _check_deepspeed(_read_deepspeed(source, base_dir), training)
+
+
+def _read_deepspeed(source: Any, base_dir: Path | None) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(str(source))
+    if base_dir is not None and not path.is_file() and (base_dir / path).is_file():
+        path = base_dir / path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"DeepSpeed config {source}: it cannot be read ({error}); give a JSON file") from error
+    if not isinstance(config, dict):
+        raise InputError(f"DeepSpeed config {source}: it is no mapping; see DeepSpeed's configuration JSON")
+    return config
+
+
+def _check_deepspeed(config: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    where = "DeepSpeed's config: "
+    optimizer = config.get("optimizer")
+    if optimizer:
+        kind = str(optimizer.get("type", ""))
+        if kind.lower() != "adamw" or not str(getattr(training["optim"], "value", training["optim"])).startswith(
+            "adamw_torch"
+        ):
+            raise InputError(
+                f"{where}optimizer.type={kind!r} against training.optim={str(training['optim'])!r}, which DeepSpeed "
+                "would not use; remove `optimizer` from DeepSpeed's config"
+            )
+        options = optimizer.get("params") or {}
+        for theirs, ours in (("lr", "learning_rate"), ("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
+            if theirs in options:
+                _agree(options[theirs], training[ours], f"{where}optimizer.params.{theirs}", ours)
+    if training["max_grad_norm"] and config.get("gradient_clipping") is None:
+        raise InputError(
+            f"{where}gradient_clipping is missing, so DeepSpeed would not clip, against training.max_grad_norm="
+            f"{training['max_grad_norm']}; set it to \"auto\""
+        )
+    for theirs, ours in (
+        ("gradient_clipping", "max_grad_norm"),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
+        ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+    ):
+        if config.get(theirs) is not None:
+            _agree(config[theirs], training[ours], where + theirs, ours)
+    for kind in ("bf16", "fp16"):
+        enabled = (config.get(kind) or {}).get("enabled", "auto")
+        if enabled != "auto" and bool(enabled) != bool(training[kind]):
+            raise InputError(
+                f'{where}{kind}.enabled={enabled} against training.{kind}={training[kind]}; set the first to "auto"'
+            )
+
+
+def _agree(theirs: Any, ours: Any, name: str, option: str) -> None:
+    if theirs == "auto":
+        return
+    try:
+        same = float(theirs) == float(ours)
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise InputError(f'{name}={theirs} against training.{option}={ours}; set the first to "auto" or to that value')
