@@ -751,7 +751,7 @@ class GradientSeam:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self.grads._frozen_rows:
             return
-        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}  # ZeRO steps group by group
+        stepping = _held(optimizer)
         for name, mask in self.grads._frozen_rows:
             shard = self.grads._shards[name]
             holder, start = shard.slot()
@@ -775,6 +775,10 @@ class GradientSeam:
                         torch.where(frozen.keep, moment, torch.zeros_like(moment) if before is None else before)
                     )
         self._snapshot = []
+        if self.grads._frozen_rows:  # freezing lasts one step
+            stepped = _held(optimizer)
+            rows = self.grads._frozen_rows
+            self.grads._frozen_rows = [r for r in rows if id(self.grads._shards[r[0]].slot()[0]) not in stepped]
         if self.distributed.engine is not None:
             # DeepSpeed drops the gradients after the step; `lists` shows them to `on_step_end`.
             for group in optimizer.param_groups:
@@ -782,6 +786,11 @@ class GradientSeam:
                     if p.grad is not None:
                         self.grads._applied[id(p)] = p.grad
         self.grads._stepped = True
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    """What this call of `step` moves: ZeRO steps group by group."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _part_of(shard: Shard, holder: Any, start: int) -> Callable[[Tensor], Tensor]:

@@ -242,7 +242,9 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float) -> bool:
     """Every tensor within `tolerance`, relative to its largest entry."""
     return a.keys() == b.keys() and all(
-        float((a[n] - b[n]).abs().max()) <= tolerance * (float(a[n].abs().max()) + 1e-8) for n in a if a[n].numel()
+        float((a[n].double() - b[n].double()).abs().max()) <= tolerance * (float(a[n].double().abs().max()) + 1e-8)
+        for n in a
+        if a[n].numel()
     )
 
 
