@@ -64,6 +64,7 @@ class ContinualMixin(_Parent):
     methods: MethodList = MethodList()  # for what the parent calls while it is constructed
     _seam: GradientSeam | None = None
     _phase: TrainingPhase | None = None
+    _load_late: Path | None = None
 
     def __init__(
         self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
@@ -128,6 +129,8 @@ class ContinualMixin(_Parent):
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         if checkpoint is not None:
             self._load_methods(Path(checkpoint))  # how many tasks are done, before the task begins
+        # DeepSpeed loads its checkpoints without `_load_from_checkpoint`, where the methods' state is read again.
+        self._load_late = Path(checkpoint) if checkpoint is not None and self.dist.backend.startswith("zero") else None
         ctx = self.ctx = self._make_context()
         self.methods.check(ctx)
         if self.dist.backend == "fsdp2" and any(is_partitioned(p) for p in ctx.model.parameters()):
@@ -352,6 +355,9 @@ class ContinualMixin(_Parent):
                     "it; give optimizer_cls_and_kwargs=..., from which each task makes its own"
                 )
         self._seam.attach(self.optimizer, self.model_wrapped)
+        if self._load_late is not None:
+            self._load_methods(self._load_late)
+            self._load_late = None
 
     def _on_optimizer_step(self) -> None:
         if self._seam is None or self.ctx is None:
