@@ -10,9 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from .task_queue import TaskQueue
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,15 +32,15 @@ def make_parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="start or continue a recipe or a run directory",
         epilog="Any key of the recipe can follow as --section.key value, e.g. --training.learning_rate 1e-4 "
-               "--methods '[{name: migu, threshold: 0.5}]' --run_dir DIR. With --accelerate_config, so can any option of "
-               "accelerate launch, e.g. --num_processes 4.",
+               "--methods '[{name: migu, threshold: 0.5}]' --run_dir DIR. With --accelerate_config, so can any "
+               "option of accelerate launch, e.g. --num_processes 4.",
     )  # fmt: skip
     run.add_argument("recipe", help="YAML file, the name of a recipe of the package, or a run directory to continue")
     run.add_argument("--dry_run", action="store_true", help="resolve and check everything, train nothing")
     run.add_argument("--only", default=None, help="comma-separated variants to run")
     run.add_argument(
         "--accelerate_config", default=None, metavar="PRESET",
-        help="start several processes: ddp, fsdp2, zero1, zero2, zero3, zero3_offload, multi_node, or an accelerate file",
+        help="several processes: ddp, fsdp2, zero1, zero2, zero3, zero3_offload, multi_node, or a file of accelerate",
     )  # fmt: skip
     run.add_argument("--isolate_tasks", action="store_true", help="learn each task in processes of its own")
     run.add_argument("--one_task", action="store_true", help=argparse.SUPPRESS)
@@ -181,17 +184,17 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         launch.report_end(0, finished=True)
         return 0
     for number, run in enumerate(runs, 1):
-        if args.one_task and number < len(runs) and _finished(run.run_dir):
+        queue = run.queue()
+        if args.one_task and number < len(runs) and _finished(queue):
             continue
         if len(runs) > 1 and main_process:
             print(
                 f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}",
                 flush=True,
             )
-        queue = run.queue()
         if args.one_task:
             queue.run(one_task=True)
-            if not _finished(run.run_dir) or number < len(runs):
+            if not _finished(queue) or number < len(runs):
                 launch.report_end(0, finished=False)
                 return 0
         else:
@@ -219,15 +222,11 @@ def _launch(args: argparse.Namespace, launcher: Sequence[str], words: Sequence[s
     return launch.run_launched(command, isolate_tasks=args.isolate_tasks and not args.dry_run)
 
 
-def _finished(run_dir: Path) -> bool:
-    """Whether every task of a run directory is learnt and scored."""
-    from .run_state import RunDirectory
-
-    directory = RunDirectory(run_dir)
-    if not directory.exists or not (directory.path / "queue.json").exists():
+def _finished(queue: TaskQueue) -> bool:
+    """Whether every task of a queue is learnt and scored."""
+    if not (queue.directory.path / "queue.json").exists():
         return False
-    queue = directory.read_queue()
-    return bool(queue["cursor"] >= (1 if queue.get("joint") else len(queue["tasks"])))
+    return int(queue.directory.read_queue()["cursor"]) >= len(queue.learnt_tasks)
 
 
 def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -204,7 +204,7 @@ def _launch_once(command: Sequence[str]) -> tuple[int, bool]:
         ends = _ends(Path(folder))
     said = [end for end in ends if end.get("message")]
     if said:
-        print(said[0]["message"], file=sys.stderr, flush=True)
+        print(said[0]["message"], file=sys.stderr, flush=True)  # noqa: T201 - the workers' sentence, once
         return int(said[0]["code"]), False
     finished = any(end.get("finished") for end in ends)
     if code == 0 and not any("finished" in end for end in ends) and not _is_other_machine(command):
@@ -386,7 +386,7 @@ def _check_deepspeed(config: Mapping[str, Any], training: Mapping[str, Any]) -> 
     if training["max_grad_norm"] and config.get("gradient_clipping") is None:
         raise InputError(
             f"{where}gradient_clipping is missing, so DeepSpeed would not clip, against training.max_grad_norm="
-            f"{training['max_grad_norm']}; set it to \"auto\""
+            f'{training["max_grad_norm"]}; set it to "auto"'
         )
     for theirs, ours in (
         ("gradient_clipping", "max_grad_norm"),

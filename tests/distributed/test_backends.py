@@ -2,8 +2,8 @@
 
 Micro-batch j of a step in one process is rank j % W, accumulation j // W. Tolerance: 1e-5 relative to the largest entry
 of a tensor, after 16 steps in fp32; 4e-5 under ZeRO-3, whose rounding Adam amplifies. Masked and unmasked runs differ
-by more than 1e-2. `HF_CONTINUAL_DISTRIBUTED=full` runs all cases, `pairs` each method on each backend once with LoRA and
-once in full, alternating accumulation; by default a selection that has every method and backend.
+by more than 1e-2. `HF_CONTINUAL_DISTRIBUTED=full` runs all cases, `pairs` each method on each backend once with LoRA
+and once in full, alternating accumulation; by default a selection that has every method and backend.
 """
 
 import os

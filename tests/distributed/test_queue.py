@@ -1,6 +1,5 @@
 """The queue under several processes learns, scores and commits what it does in one."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -233,9 +232,7 @@ def learn_and_lose(folder, model, backend, rank):
     make_queue(folder / "run", model, "migu", backend, accumulation=1, save_steps=2).run()
 
 
-@pytest.mark.parametrize(
-    ("backend", "rank"), [("ddp", 1), ("ddp", 0), ("zero2", 1), ("zero3", 1), ("fsdp2", 1)]
-)
+@pytest.mark.parametrize(("backend", "rank"), [("ddp", 1), ("ddp", 0), ("zero2", 1), ("zero3", 1), ("fsdp2", 1)])
 def test_a_rank_that_dies(backend, rank, launch, model, tmp_path):
     """The other stops with a sentence; then the run goes on from its checkpoint, as if nothing had been."""
     reference = tmp_path / "whole"

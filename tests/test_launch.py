@@ -1,0 +1,300 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from toy_runs import assert_same, save_model, write_recipe
+
+from hf_continual import InputError
+from hf_continual.cli import main
+from hf_continual.launch import (
+    STATUS,
+    check_launch,
+    find_config,
+    launch_command,
+    launcher_options,
+    presets,
+    refuse_flags,
+    report_end,
+    run_launched,
+    split_flags,
+)
+from hf_continual.recipes import recipe_files
+
+NAMES = {"ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload", "multi_node"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+def test_presets_are_no_recipes():
+    assert set(presets()) == NAMES
+    assert not any("accelerate_configs" in name for name in recipe_files())
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_accelerate_takes_each_preset(name):
+    """Its own parser and validation, up to where it would start processes, and the variables for the workers."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = ["--num_processes", "4", "--main_process_port", "0"]
+    if name == "multi_node":
+        words = ["--num_processes", "4", "--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "node-a",
+                 "--main_process_port", "29500"]  # fmt: skip
+    command = launch_command(name, words, "r.yaml", [], gpus=4)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command[3:]))
+    assert args.module and args.training_script == "hf_continual.cli"
+    assert args.training_script_args == ["run", "r.yaml"]
+    assert args.num_processes == 4 and not args.use_cpu and args.mixed_precision == "no"
+    assert args.use_deepspeed is name.startswith("zero") and args.use_fsdp is (name == "fsdp2")
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""
+        found = prepare_deepspeed_cmd_env(args)[1]
+        assert found["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == name[4]
+        assert found["ACCELERATE_GRADIENT_CLIPPING"] == found["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
+        offload = "cpu" if name.endswith("offload") else "none"
+        assert found["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == offload
+    else:
+        found = prepare_multi_gpu_env(args)
+        assert args.multi_gpu is (name != "fsdp2")
+        assert found.get("FSDP_VERSION") == ("2" if name == "fsdp2" else None)
+    if name == "multi_node":
+        assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "2", 1) and args.main_process_ip == "node-a"
+    check_launch({"training": {}}, found)
+
+
+def test_flags_are_split():
+    words = ["--num_processes", "4", "--training.learning_rate", "1e-4", "--seeds=[1, 2]", "--main-process-port=29501",
+             "--debug", "--run_dir", "x", "--methods", "[migu]"]  # fmt: skip
+    launcher, overrides = split_flags(words)
+    assert launcher == ["--num_processes", "4", "--main_process_port", "29501", "--debug"]
+    assert overrides == ["--training.learning_rate", "1e-4", "--seeds=[1, 2]", "--run_dir", "x", "--methods", "[migu]"]
+
+
+def test_options_are_those_of_accelerate():
+    options = launcher_options()
+    assert {"num_processes", "main_process_port", "zero_stage", "fsdp_version", "config_file"} <= set(options)
+    assert options["debug"].nargs == 0 and options["num_processes"].nargs is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_proceses", "2"], "no option --num_proceses; did you mean 'num_processes'"),
+        (["--sed", "2"], "no option --sed; did you mean 'seed'"),
+        (["--num_processes"], "--num_processes has no value"),
+        (["stray"], "'stray' belongs to no option"),
+        (["--config_file", "x"], "use --accelerate_config FILE"),
+    ],
+)
+def test_other_flags_are_refused(words, said):
+    with pytest.raises(InputError, match=said):
+        split_flags(words)
+
+
+def test_launcher_flags_need_a_configuration(capsys):
+    with pytest.raises(InputError, match="--num_processes is an option of accelerate launch; add --accelerate_config"):
+        refuse_flags(["--num_processes", "2"])
+    refuse_flags([])
+    assert main(["run", "quickstart", "--num_processes", "2"]) == 2
+    assert "add --accelerate_config" in capsys.readouterr().err
+
+
+def test_configurations_that_would_start_something_else(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU", "num_processes": 3}))
+    assert "--num_processes" not in launch_command(str(mine), [], "r", [], gpus=0)
+    assert launch_command("ddp", [], "r", ["--seed", "1"], gpus=2)[5:7] == ["--num_processes", "2"]
+    mine.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 3}))
+    cases = [
+        (str(mine), [], "accelerate starts one process on the CPU"),
+        ("ddp", ["--cpu"], "accelerate starts one process on the CPU"),
+        ("fsdp2", ["--num_processes", "2"], "FSDP needs a GPU"),
+        ("ddp", [], "--num_processes is missing and this machine has no GPUs"),
+        ("zero4", [], "no such preset; did you mean 'zero"),
+        ("zero2", ["--num_machines", "2"], "processes of all machines together"),
+        ("multi_node", ["--num_processes", "4"], "--num_machines is missing"),
+    ]
+    for config, launcher, said in cases:
+        with pytest.raises(InputError, match=said):
+            launch_command(config, launcher, "r", [], gpus=0)
+    mine.write_text("distributed_type: MULTI_GPU\nnum_procs: 3\n")
+    with pytest.raises(InputError, match="accelerate cannot read it .*num_procs"):
+        find_config(str(mine))
+
+
+@pytest.mark.parametrize(
+    ("training", "environment", "said"),
+    [
+        ({"deepspeed": {}}, {}, None),
+        ({"deepspeed": {"gradient_clipping": "auto"}}, {}, None),  # torchrun
+        ({"deepspeed": {"gradient_clipping": "auto"}}, DEEPSPEED, "launcher brings DeepSpeed too"),
+        ({"deepspeed": {"gradient_clipping": "auto"}}, {"ACCELERATE_MIXED_PRECISION": "no"}, "starts no DeepSpeed"),
+        ({}, {**DEEPSPEED, "ACCELERATE_USE_CPU": "true"}, "unset it"),
+        ({"fsdp": True}, DEEPSPEED, "the launcher brings DeepSpeed"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        ({"use_cpu": True}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "needs GPUs"),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "training.bf16=False and the launcher"),
+        ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, None),
+        ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({}, {**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "=0.5 against training.max_grad_norm=1.0"),
+        ({"max_grad_norm": 0.5}, {**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, None),
+        ({}, {**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.gradient_accumulation_steps=1"),
+        ({}, {**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, None),
+    ],
+)
+def test_launcher_and_recipe_disagree(training, environment, said):
+    if said is None:
+        check_launch({"training": {"max_grad_norm": 0, **training}} if training.get("deepspeed") == {} else
+                     {"training": training}, environment)  # fmt: skip
+    else:
+        with pytest.raises(InputError, match=said):
+            check_launch({"training": training}, environment)
+
+
+@pytest.mark.parametrize(
+    ("config", "training", "said"),
+    [
+        ({"optimizer": {"type": "Lion"}}, {}, "optimizer.type='Lion' against training.optim"),
+        ({"optimizer": {"type": "AdamW"}}, {"optim": "adafactor"}, "against training.optim='adafactor'"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {"learning_rate": 1e-4}, "training.learning_rate"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {}, None),
+        ({"gradient_clipping": None}, {}, "DeepSpeed would not clip"),
+        ({"gradient_clipping": None}, {"max_grad_norm": 0.0}, None),
+        ({"gradient_accumulation_steps": 2}, {}, "against training.gradient_accumulation_steps=1"),
+        ({"train_micro_batch_size_per_gpu": 4}, {"per_device_train_batch_size": 4}, None),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True against training.bf16=False"),
+        ({"bf16": {"enabled": "auto"}}, {}, None),
+    ],
+)
+def test_deepspeed_config_and_recipe_disagree(tmp_path, config, training, said):
+    config = {"gradient_clipping": "auto", "zero_optimization": {"stage": 2}} | config
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    ways = [
+        ({**training, "deepspeed": config}, {}),
+        ({**training, "deepspeed": "ds.json"}, {}),
+        (training, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}),
+    ]
+    for given, environment in ways:
+        if said is None:
+            check_launch({"training": given}, environment, tmp_path)
+        else:
+            with pytest.raises(InputError, match=said):
+                check_launch({"training": given}, environment, tmp_path)
+    with pytest.raises(InputError, match="it cannot be read"):
+        check_launch({"training": {"deepspeed": "absent.json"}}, {})
+
+
+# -- how workers end -------------------------------------------------------------------------------------------------
+
+
+def test_ends_of_workers(tmp_path):
+    assert report_end(2, "error: x", environment={}) is None
+    alone = {STATUS: str(tmp_path), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert report_end(2, "error: x", environment=alone) == 0
+    many = {**alone, "RANK": "1", "WORLD_SIZE": "4"}
+    assert report_end(2, "error: x", environment=many) == 2  # others on another machine must be stopped
+
+
+def _stub(body):
+    return [sys.executable, "-c", f"import os, sys, time, json, signal\nfrom pathlib import Path\n{body}"]
+
+
+WRITE = "folder = Path(os.environ['HF_CONTINUAL_LAUNCH_STATUS'])\n"
+
+
+def test_the_sentence_is_printed_once_and_the_code_survives(capfd):
+    ends = "".join(
+        f"(folder / '{r}.end').write_text(json.dumps({{'rank': {r}, 'code': {c}, 'message': {m!r}, 'lost': {lost}}}))\n"
+        for r, c, m, lost in ((0, 2, "error: lost it", True), (1, 2, "error: the cause", False))
+    )
+    assert run_launched(_stub(WRITE + ends + "sys.exit(1)")) == 2
+    assert capfd.readouterr().err == "error: the cause\n"
+    assert run_launched(_stub("sys.exit(7)")) == 7
+    with pytest.raises(InputError, match="without starting a run"):
+        run_launched(_stub("pass"))
+
+
+def test_one_launch_a_task(tmp_path):
+    count = tmp_path / "count"
+    body = (
+        f"count = Path({str(count)!r})\nn = len(count.read_text()) if count.exists() else 0\n"
+        "count.write_text('x' * (n + 1))\nassert sys.argv[-1] == '--one_task'\n"
+        "(folder / '0.end').write_text(json.dumps({'rank': 0, 'code': 0, 'message': '', 'finished': n == 2}))\n"
+    )
+    assert run_launched(_stub(WRITE + body), isolate_tasks=True) == 0
+    assert count.read_text() == "xxx"
+
+
+def test_sigint_goes_to_the_workers_once(tmp_path):
+    """The worker counts; the launcher above it, which would kill it, hears nothing."""
+    body = (
+        "n = []\nsignal.signal(signal.SIGINT, lambda *a: n.append(1))\n"
+        "(folder / '0.pid').write_text(str(os.getpid()))\n"
+        "end = time.monotonic() + 20\nwhile not n and time.monotonic() < end: time.sleep(0.05)\ntime.sleep(0.3)\n"
+        "said = f'interrupted: {len(n)}'\n"
+        "(folder / '0.end').write_text(json.dumps({'rank': 0, 'code': 130, 'message': said}))\n"
+    )
+    outer = f"import sys\nfrom hf_continual.launch import run_launched\nsys.exit(run_launched({_stub(WRITE + body)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", outer], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not _child_listens(process.pid):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: 1" in err
+
+
+def _child_listens(pid):
+    import psutil
+
+    for child in psutil.Process(pid).children(recursive=True):
+        folder = child.environ().get(STATUS)
+        if folder and os.path.exists(f"{folder}/0.pid"):
+            return True
+    return False
+
+
+# -- for real --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def _command(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_continual.cli", "run", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ddp_run_and_one_launch_a_task(tmp_path, model):
+    flags = ["--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0"]
+    whole = _command(write_recipe(tmp_path / "whole", model), *flags)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("Report: ") == 1 and whole.stdout.count("== task 1/2") == 1
+    queue = json.loads((tmp_path / "whole" / "run" / "queue.json").read_text())
+    assert queue["world_size"] == 2 and queue["finished"]
+    parts = _command(write_recipe(tmp_path / "parts", model), *flags, "--isolate_tasks")
+    assert parts.returncode == 0, parts.stderr
+    assert parts.stdout.count("Report: ") == 1
+    assert_same(tmp_path / "parts" / "run", tmp_path / "whole" / "run")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_bad_input_comes_back_as_two(tmp_path, model):
+    path = write_recipe(tmp_path, model)
+    done = _command(path, "--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0",
+                    "--tasks.1.path", "absent.jsonl")  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "absent.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
