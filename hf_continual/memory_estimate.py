@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -48,7 +49,7 @@ from .methods.inclora import IncLoRA
 from .methods.kif import KIF
 from .methods.kif import orthogonality as unit_orthogonality
 from .methods.lwf import LwF, distillation
-from .methods.migu import MIGU
+from .methods.migu import MIGU, find_targets
 from .methods.olora import OLoRA
 from .methods.olora import orthogonality as old_and_new
 from .methods.seekr import HEADS, LAYERS, SEEKR
@@ -327,9 +328,8 @@ class _Simulation:
         if checkpointing is not None:
             options = dict(checkpointing)
             every, _ = options.pop("every_n_layers", 1), options.pop("offload", False)
-            self.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=options or None, every_n_layers=every
-            )
+            enable: Any = self.model.activation_checkpointing_enable
+            enable(activation_checkpointing_kwargs=options or None, every_n_layers=every)
         model.train()
         self.trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._held: list[Tensor] = []
@@ -472,14 +472,19 @@ def _method_memory(
     for method in methods:
         c: Any = method.config
         if isinstance(method, MIGU):
-            rows = _migu_rows(simulation, method)
+            view: Any = SimpleNamespace(model=simulation.model, lora=LoraView(simulation.model))
+            targets = find_targets(view, c)
+            rows = sum(target.rows for target in targets)
             found.state += 4 * FLOAT * rows  # magnitude, mask, updates, and the mask in the dtype of the gradients
-            if c.mask == "update":
-                found.step_scratch += 3 * copy_of_all
+            if c.mask == "update":  # the weights and their moments, as they were before the step
+                masked = sum(simulation.trained[target.weight].numel() for target in targets)
+                found.step_scratch += -(-3 * FLOAT * masked // shards)
         elif isinstance(method, SkillFusion):
             units = sum(p.numel() for p in simulation.trained.values() if p.dim() >= c.min_ndim)
             found.state += -(-(3 if c.average == "run" else 2) * FLOAT * units // shards)
             found.step_scratch = max(found.step_scratch, _tracker_scratch(-(-units // shards), device))
+            # The scores of a unit are products in float64.
+            found.end_scratch = max(found.end_scratch, 3 * 8 * max(p.numel() for p in simulation.trained.values()))
             if isinstance(method, KIF) and c.orthogonality and c.orthogonality_form != "off":
                 found.losses.append(_kif_loss(method))
         elif isinstance(method, EWC):
@@ -505,7 +510,9 @@ def _method_memory(
         elif isinstance(method, WeightEMA):
             found.state += copy_of_all if later else 0
         elif isinstance(method, FisherMerge):
-            found.state += copy_of_all
+            found.state += copy_of_all + (
+                copy_of_all if device == "cpu" and later else 0
+            )  # the sum over tasks: on the CPU
             found.seam_scratch = max(found.seam_scratch, copy_of_all)
         elif isinstance(method, ReplayDistillation):
             if later:
@@ -516,15 +523,6 @@ def _method_memory(
         elif type(method).__module__.rpartition(".")[0] != __package__ + ".methods":
             found.notes.append(f"what method '{method.name}' keeps is unknown here and not counted")
     return found
-
-
-def _migu_rows(simulation: _Simulation, method: MIGU) -> int:
-    chosen = re.compile(method.config.targets) if method.config.targets is not None else None
-    rows = 0
-    for name, p in simulation.trained.items():
-        if p.dim() == 2 and (chosen is None or chosen.search(name)):
-            rows += p.shape[0]
-    return rows
 
 
 def _tracker_scratch(units: int, device: str) -> int:
@@ -586,12 +584,14 @@ def _lwf_loss(shape: _Shape, temperature: float) -> Loss:
 
 def _gradient_memory(found: _MethodMemory, method: Any, shape: _Shape, plan: Plan, counts: _Counts, tasks: int) -> None:
     """GEM and A-GEM: gradients of stored rows, as flat float32 vectors."""
-    if tasks < 2 or method.config.count == 0:
+    if tasks < 2 or method.config.count == 0 or method.config.total == 0:
         return
     c, vector = method.config, counts.trained * FLOAT
     rows = c.memory_micro_batch
     if c.memory_batch_size is not None:
         rows = min(rows, max(1, -(-c.memory_batch_size // plan.world_size)))
+    for most in (c.count, c.total):
+        rows = rows if most is None else min(rows, most)
     vectors = 1 if isinstance(method, AGEM) else tasks - 1
     # While rows are passed: the sum, and for GEM those of the tasks before. At the end of a pass the gradients once
     # more as a vector; then the projection, with the step's own gradient and the correction as vectors.
@@ -757,10 +757,10 @@ def _empty_model(
         config = source
         if (config.attn_implementation or "").startswith("flash"):  # needs a GPU to be built, and keeps as much as sdpa
             config = dataclasses.replace(config, attn_implementation="sdpa")
-        model = load_model(config, empty=True)
+        model = load_model(dataclasses.replace(config, load_in_4bit=False), empty=True)  # without bitsandbytes, too
         wanted = config.dtype if config.dtype != "auto" else getattr(model.config, "dtype", None) or "float32"
         dtype = wanted if isinstance(wanted, torch.dtype) else getattr(torch, str(wanted))
-        quantized = bool(getattr(config, "load_in_4bit", False))
+        quantized = config.load_in_4bit
         if quantized and dtype == torch.float32:
             dtype = torch.bfloat16
         for parameter in model.parameters():
@@ -790,7 +790,9 @@ def _weights(model: Any, counts: _Counts, plan: Plan, four_bit: set[str]) -> int
     for name, p in model.named_parameters():
         each = p.element_size() if size is None else size
         whole += p.numel() * each
-        if name in four_bit:  # NF4 with a float32 maximum for each block of 64; one weight is unpacked at a time
+        if (
+            name in four_bit
+        ):  # a float32 maximum for each block of 64, if not quantised; one weight is unpacked at a time
             saved += p.numel() * each - p.numel() // 2 - p.numel() * FLOAT // 64
             largest = max(largest, p.numel() * each)
     if plan.backend == "fsdp2":
@@ -818,7 +820,7 @@ def _gradients(counts: _Counts, plan: Plan, model: Any) -> tuple[int, int]:
     """Bytes of the gradients that stay until the step, and of what they are reduced in."""
     whole = counts.trained_bytes
     if plan.zero:
-        hidden = getattr(model.config, "hidden_size", None) or getattr(model.config, "d_model", 0)
+        hidden = int(getattr(model.config, "hidden_size", None) or getattr(model.config, "d_model", 0) or 0)
         bucket = plan.bucket if plan.bucket is not None else hidden * hidden
         buffer = plan.buckets * bucket * (plan.half.itemsize if plan.half is not None else FLOAT)
         shards = plan.world_size if plan.shards_gradients else 1
@@ -913,6 +915,11 @@ def estimate(
     moments["optimizer step"] = there + max(step, memory.step_scratch)
     if memory.end_scratch:
         moments["end of a task"] = memory.end_scratch
+    if device == "cpu" and listed.merges:
+        memory.state += counts.trained_bytes  # the weights from before the task; a GPU leaves them to the CPU
+        if tasks > 1:  # those from after it, the merged ones, and one tensor at work
+            moments["merge"] = 2 * counts.trained_bytes + 2 * counts.largest
+            moments["merge"] += counts.trained_bytes if any(isinstance(m, FisherMerge) for m in listed) else 0
     moment = max(moments, key=lambda key: moments[key])
 
     teacher, peak = memory.teacher, moments[moment]
@@ -921,8 +928,6 @@ def estimate(
     notes = list(memory.notes)
     if checkpointing is not None and checkpointing.get("offload"):
         notes.append("activations that are offloaded to the CPU are counted as if they stayed")
-    if device == "cpu" and listed.merges and tasks > 0:
-        memory.state += counts.trained_bytes  # the weights from before the task, which lie on the CPU
     return MemoryEstimate(
         weights=persistent,
         gradients=gradients + bucket,
@@ -943,9 +948,22 @@ def estimate(
 
 
 def estimate_command(
-    recipe: str | Path, overrides: Mapping[str, Any], gpus: int, gpu_memory: str, only: str | None = None
+    recipe: str | Path,
+    overrides: Mapping[str, Any],
+    gpus: int,
+    gpu_memory: str,
+    only: str | None = None,
+    accelerate_config: str | None = None,
 ) -> int:
     """Print the memory of each run of a recipe, seeds left out, and whether it fits. Returns 0.
+
+    Args:
+        recipe: a path, or the name of a recipe of the package.
+        overrides: as for `run`, dotted.
+        gpus: how many train together.
+        gpu_memory: of one of them, such as `80GB`.
+        only: comma-separated variants.
+        accelerate_config: preset or file that the run would be launched with.
 
     Raises:
         InputError: as `estimate`, for a size that is none, and for a variant that there is not.
@@ -974,7 +992,7 @@ def estimate_command(
         one = estimate(
             ModelConfig(**run.recipe["model"]),
             peft=run.recipe["peft"],
-            training=_with_absolute_engine(run.recipe["training"], run.base_dir),
+            training=_launched(_with_absolute_engine(run.recipe["training"], run.base_dir), accelerate_config),
             methods=methods,
             data=DataConfig(**run.recipe["data"]),
             gpus=gpus,
@@ -998,6 +1016,31 @@ def _with_absolute_engine(training: Mapping[str, Any], base_dir: Path) -> dict[s
     return dict(training)
 
 
+def _launched(training: dict[str, Any], accelerate_config: str | None) -> dict[str, Any]:
+    """The training arguments, with what a configuration of `accelerate launch` adds about sharding."""
+    if accelerate_config is None:
+        return training
+    from .launch import find_config
+    from .recipes import parse_yaml, read_text
+
+    path = find_config(accelerate_config)
+    config = parse_yaml(read_text(path, "accelerate configuration"), str(path))
+    if not isinstance(config, Mapping):
+        raise InputError(f"--accelerate_config {accelerate_config}: it holds no mapping; give a preset or a YAML file")
+    kind = config.get("distributed_type")
+    if kind == "FSDP":
+        return {**training, "fsdp": True}
+    if kind != "DEEPSPEED":
+        return training
+    engine = config.get("deepspeed_config") or {}
+    if engine.get("deepspeed_config_file"):
+        return {**training, "deepspeed": engine["deepspeed_config_file"]}
+    zero: dict[str, Any] = {"stage": engine.get("zero_stage", 2)}
+    for what in ("optimizer", "param"):
+        zero[f"offload_{what}"] = {"device": engine.get(f"offload_{what}_device", "none")}
+    return {**training, "deepspeed": {"zero_optimization": zero}}
+
+
 def _table(found: Sequence[tuple[str, MemoryEstimate]], available: int, gpus: int, gpu_memory: str) -> str:
     most = max(one.total for _, one in found)
     unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
@@ -1011,8 +1054,7 @@ def _table(found: Sequence[tuple[str, MemoryEstimate]], available: int, gpus: in
     lines.append(
         tabulate(rows, header, disable_numparse=True, colalign=["left", "left", *["right"] * 8, "left", "left"])
     )
-    share = {one.trainable / one.parameters for _, one in found}
-    counts = ", ".join(sorted({f"{one.trainable:,} of {one.parameters:,}" for _, one in found})) if share else ""
+    counts = ", ".join(sorted({f"{one.trainable:,} of {one.parameters:,}" for _, one in found}))
     lines.append(f"parameters that learn: {counts}")
     lines += sorted({f"note: {note}" for _, one in found for note in one.notes})
     lines.append(
