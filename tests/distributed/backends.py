@@ -44,7 +44,7 @@ def backend_options(backend):
 
 def make_args(backend, folder, **options):
     args = ContinualTrainingArguments(
-        output_dir=str(folder), num_train_epochs=2, learning_rate=1e-2, lr_scheduler_type="constant",
+        output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
         dataloader_pin_memory=False, train_sampling_strategy="sequential", max_grad_norm=0.5, optim="adamw_torch",
         **{"adam_epsilon": 1e-3, "ddp_find_unused_parameters": False, **backend_options(backend), **options},
@@ -71,21 +71,23 @@ def state_of(methods):
             elif name.endswith("_") and isinstance(value, dict):
                 tensors = {k: v for k, v in value.items() if torch.is_tensor(v)}
                 found |= {f"{method.name}.{name}.{k}": v for k, v in tensors.items()}
-    return {name: value.detach().cpu().float() for name, value in found.items()}
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def learn(backend, specs, lora, accumulation, batch, folder, **options):
-    """Two tasks, the model made anew for the second; returns whole weights and the methods' state."""
+def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32, **options):
+    """Two tasks of 4 steps (6 with replay); the model is made anew for the second; returns whole weights and the
+    methods' state."""
     methods, state, adapters = MethodList(specs), {}, []
+    epochs = max(1, accumulation * batch * int(os.environ.get("WORLD_SIZE", "1")) // 4)
     for index in range(2):
-        model = tiny_model(lora=lora)
+        model = tiny_model(lora=lora).to(dtype)
         for name in adapters:
             if name not in LoraView(model).adapters:
                 LoraView(model).add(name, "test")
         assign_(dict(model.named_parameters()), state)
         args = make_args(
             backend, folder / str(index), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-            **options,
+            num_train_epochs=epochs, **options,
         )  # fmt: skip
         trainer = ContinualTrainer(model=model, args=args, train_dataset=toy_rows(seed=index), methods=methods)
         trainer.train()
@@ -94,7 +96,7 @@ def learn(backend, specs, lora, accumulation, batch, folder, **options):
         trained = trainer.accelerator.unwrap_model(trainer.model)
         adapters, state = LoraView(trained).adapters, full(dict(trained.named_parameters()))
         release_engine(trainer)
-    return {**{name: value.float() for name, value in state.items()}, **state_of(methods)}
+    return {**state, **state_of(methods)}
 
 
 def learn_and_save(rank, folder, backend, specs, lora, accumulation, batch, options):

@@ -1,5 +1,6 @@
 """Several processes in a test: forked from a server that has imported everything, so that two ranks take a second."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 PRELOAD = [
     "torch", "transformers.trainer", "peft", "accelerate", "datasets", "deepspeed", "deepspeed.runtime.zero.stage3",
+    "deepspeed.module_inject.auto_ep_layer", "torch._inductor.compile_fx", "hf_continual.methods.kif",
     "hf_continual.testing", "hf_continual.task_queue",
 ]  # fmt: skip
 
@@ -20,6 +22,7 @@ def _child(rank, world_size, port, folder, function, args):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
     )  # fmt: skip
+    gc.freeze()  # what the server imported need not be searched again by each of the trainer's collections
     status = 1
     try:
         import torch
