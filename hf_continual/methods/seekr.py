@@ -438,6 +438,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _change(self, ctx: MethodContext, row_id: str, inputs: Mapping[str, Any], layout: RowLayout) -> Tensor:
         """Mean squared difference of each head's weights on one row from before the task; [modules, heads]."""
         targets = self._all_heads(row_id, layout)
+        before: Any
         if self._maps_before is not None:
             before = {
                 name: tuple(t[None].to(self._device).float() for t in (s.query, s.key, s.values) if t is not None)
