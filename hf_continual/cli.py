@@ -84,6 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--gpus", type=int, required=True, help="how many GPUs train together")
     estimate.add_argument("--gpu_memory", required=True, help="memory of one of them, such as 80GB")
     estimate.add_argument("--only", default=None, help="comma-separated variants")
+    estimate.add_argument(
+        "--accelerate_config", default=None, metavar="NAME", help="preset or file that the run would be started with"
+    )
 
     ls = commands.add_parser("ls", help="list what the package brings")
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
@@ -154,6 +157,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         path = recipes.find_recipe(args.recipe)
         recipe = recipes.load_recipe(path)
+        launch.check_recipe(recipe, overrides, path.parent.resolve())
         runs = recipes.expand(recipe, path.parent.resolve(), overrides)
         if args.only:
             wanted = args.only.split(",")
@@ -235,7 +239,9 @@ def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if args.gpus < 1:
         raise InputError(f"--gpus {args.gpus} must be at least 1")
-    return estimate_command(args.recipe, recipes.parse_overrides(rest), args.gpus, args.gpu_memory, args.only)
+    return estimate_command(
+        args.recipe, recipes.parse_overrides(rest), args.gpus, args.gpu_memory, args.only, args.accelerate_config
+    )
 
 
 def _print_report(path: Path, out: str | None = None, scorer: str | None = None) -> None:

@@ -350,7 +350,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         if self.config.teacher != "cached" and not ctx.dist.whole_weights:
             raise InputError(
                 f"method '{self.name}': teacher='{self.config.teacher}' is a forward with other weights in the place "
-                f"of the model's, which '{ctx.dist.backend}' does not allow; use teacher='cached', or ZeRO up to stage 2"
+                f"of the model's, which '{ctx.dist.backend}' does not allow; use teacher='cached', or ZeRO to stage 2"
             )
         if ctx.task.index == 0:
             self.drawn_ = 0

@@ -20,3 +20,12 @@ def test_a_size_that_is_none_is_refused(size, tmp_path, capsys):
     recipe = write_recipe(tmp_path, save_model(tmp_path / "model"))
     assert main(["estimate", str(recipe), "--gpus", "1", "--gpu_memory", size]) == 2
     assert "gpu_memory" in capsys.readouterr().err
+
+
+def test_the_preset_it_would_be_launched_with(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, save_model(tmp_path / "model"))
+    command = ["estimate", str(recipe), "--gpus", "2", "--gpu_memory", "1GB", "--accelerate_config"]
+    assert main([*command, "zero3"]) == 0
+    assert "zero3" in capsys.readouterr().out
+    assert main([*command, "zero33"]) == 2
+    assert "--accelerate_config zero33" in capsys.readouterr().err
