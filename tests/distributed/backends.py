@@ -1,6 +1,7 @@
 """One stream of two tasks on any backend, for comparison with one process."""
 
 import os
+import sys
 
 import torch
 from safetensors.torch import save_file
@@ -102,3 +103,15 @@ def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32
 def learn_and_save(rank, folder, backend, specs, lora, accumulation, batch, options):
     result = learn(backend, specs, lora, accumulation, batch, folder / "ranks", **options)
     save_file({name: value.contiguous().clone() for name, value in result.items()}, str(folder / f"{rank}.safetensors"))
+
+
+def learn_in_fp16(rank, folder, backend, specs, scale_power):
+    """As `learn_and_save` with DeepSpeed's loss scaling; it believes a CPU cannot compute in fp16, which torch can."""
+    accelerator = type(sys.modules["deepspeed.accelerator"].get_accelerator())
+    known = accelerator.supported_dtypes
+    accelerator.is_fp16_supported = lambda self: True
+    accelerator.supported_dtypes = lambda self: [*known(self), torch.half]
+    config = backend_options(backend)["deepspeed"]
+    del config["bf16"]
+    config["fp16"] = {"enabled": True, "initial_scale_power": scale_power, "hysteresis": 1}
+    learn_and_save(rank, folder, backend, specs, True, 1, 2, {"fp16": True, "deepspeed": config})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import learn, learn_and_save
+from backends import learn, learn_and_save, learn_in_fp16
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -160,6 +160,32 @@ def test_bf16_masks_agree_between_ranks(backend, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     share = first["migu.updates_"].mean() / first["migu.updates_"].max()
     assert 0.2 < float(share) < 0.9
+
+
+OLORA = {"name": "olora", "lambda_1": 0.5, "lambda_2": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("backend", "specs"), [("zero1", ["kif"]), ("zero2", ["kif", MIGU]), ("zero3", ["kif"]), ("zero3", [OLORA])]
+)
+def test_fp16_scale_is_in_neither_importance_nor_penalty(backend, specs, tmp_path):
+    run_ranks(learn_in_fp16, 2, tmp_path, tmp_path, backend, specs, 10)
+    first, second = (load_file(str(tmp_path / f"{rank}.safetensors")) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    expected = learn("single", specs, True, 2, 2, tmp_path / "one")
+    for name, value in expected.items():
+        if name.startswith(("kif.raw_", "kif.cumulative_")) or (name.endswith(".weight") and "lora_A" in name):
+            assert float((first[name] - value).abs().mean()) <= 0.02 * float(value.abs().mean()), name
+
+
+def test_fp16_steps_that_overflow_count_for_nothing(tmp_path):
+    """The scale is halved at each overflow: 2^20 is soon low enough, from 2^22 four steps do not get there."""
+    run_ranks(learn_in_fp16, 2, tmp_path, tmp_path, "zero2", ["kif", MIGU], 20)
+    first, second = (load_file(str(tmp_path / f"{rank}.safetensors")) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(bool(value.isfinite().all()) for value in first.values() if value.is_floating_point())
+    with pytest.raises(AssertionError, match="no optimizer step has been counted"):
+        run_ranks(learn_in_fp16, 2, tmp_path, tmp_path, "zero2", ["kif"], 22)
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3", "fsdp1"])
