@@ -17,6 +17,8 @@ from datasets import ClassLabel, Dataset
 
 from .data_sources import BUILDERS, EVAL_SPLITS, FORMAT_COLUMNS, FORMATS, ROLES, SUFFIXES, Table, read_splits
 from .errors import InputError, did_you_mean
+from .scorers import SCORERS, Scorer
+from .scorers import get as get_scorer
 from .tasks import Task
 
 TASK_KEYS = (
@@ -40,6 +42,16 @@ TASK_KEYS = (
 # MNLI's evaluation rows without a gold label. The reference code scores them (always wrong), so they stay.
 NO_GOLD_LABEL = "-"
 HASH_ALL_ROWS = 20_000
+# What some scorers read of an evaluation row besides prompt and references; `columns` may name where it is.
+SCORED_COLUMNS = sorted(
+    {
+        column
+        for scorer in SCORERS.values()
+        for column in (*scorer.columns, *scorer.optional)
+        if scorer.answers != "tokens"
+    }
+    - {"prompt"}
+)
 
 
 def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, seed: int = 42) -> Task:
@@ -70,6 +82,10 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     if tuning:
         evaluation = None
     name = spec.get("name") or _default_name(spec)
+    scorer = spec.get("scorer")
+    if scorer is None and train.format == "natural_instructions":
+        scorer = "rouge_l"
+    own = get_scorer(scorer, f"task '{name}': scorer") if scorer is not None else None
 
     if not len(train.rows):
         raise InputError(f"task '{name}': the train split {train.source} is empty; give a file with rows")
@@ -82,18 +98,16 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     train = _subset(train, spec.get("train_rows"), seed)
     evaluation = _subset(evaluation, spec.get("eval_rows"), seed)
 
-    columns = dict(spec.get("columns") or {})
+    given = dict(spec.get("columns") or {})
+    columns = {role: column for role, column in given.items() if role in ROLES}
     train_dataset, train_labels = _canonical(train, columns)
-    eval_dataset, _ = _canonical(evaluation, columns)
+    eval_dataset, _ = _canonical(evaluation, columns, _scored_columns(evaluation, given, own))
 
     labels = spec.get("labels")
     allowed = found_labels or labels
     if allowed:
         _check_labels(train_dataset, allowed, train, ())
         _check_labels(eval_dataset, allowed, evaluation, (NO_GOLD_LABEL,))
-    scorer = spec.get("scorer")
-    if scorer is None and train.format == "natural_instructions":
-        scorer = "rouge_l"
     return Task(
         name=name,
         train_dataset=train_dataset,
@@ -209,8 +223,9 @@ def _check_values(spec: Mapping[str, Any]) -> None:
         if spec.get(key) is not None and not isinstance(spec[key], Mapping):
             raise InputError(f"{key}: {spec[key]!r} is not a mapping; write it as 'name: value' lines")
     for role, column in (spec.get("columns") or {}).items():
-        if role not in ROLES:
-            raise InputError(f"columns: {role!r} is not a column of a task{did_you_mean(str(role), ROLES)}")
+        if role not in ROLES and role not in SCORED_COLUMNS:
+            known = (*ROLES, *SCORED_COLUMNS)
+            raise InputError(f"columns: {role!r} is not a column of a task{did_you_mean(str(role), known)}")
         if not isinstance(column, str):
             raise InputError(f"columns: the name {column!r} for '{role}' is not a string; put it in quotes")
 
@@ -309,17 +324,34 @@ def _pick_columns(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
-def _canonical(table: Table, columns: Mapping[str, str]) -> tuple[Dataset, list[str] | None]:
+def _scored_columns(table: Table, columns: Mapping[str, str], scorer: Scorer | None) -> dict[str, str]:
+    """Further columns of the evaluation rows: those `columns` names, and what the task's own scorer reads."""
+    kept = {name: column for name, column in columns.items() if name not in ROLES}
+    if scorer is not None:
+        wanted = (*scorer.columns, *(name for name in scorer.optional if name in table.columns))
+        kept = {**{name: name for name in wanted if name in SCORED_COLUMNS}, **kept}
+    for name, column in kept.items():
+        if column not in table.columns:
+            raise InputError(
+                f"columns: {table.source} has no column '{column}' for '{name}'{did_you_mean(column, table.columns)}"
+            )
+    return kept
+
+
+def _canonical(
+    table: Table, columns: Mapping[str, str], further: Mapping[str, str] | None = None
+) -> tuple[Dataset, list[str] | None]:
     """The canonical rows, and the names of the answers where the completion column is a `ClassLabel`."""
+    further = further or {}
     chosen = _pick_columns(table, columns)
     names: list[str] | None = None
     if isinstance(table.rows, Dataset) and "completion" in chosen:
         feature = table.rows.features[chosen["completion"]]
         if isinstance(feature, ClassLabel):
             names = list(feature.names)
-    result: dict[str, list[Any]] = {"prompt": [], "completion": [], "references": []}
+    result: dict[str, list[Any]] = {"prompt": [], "completion": [], "references": [], **{name: [] for name in further}}
     chat: bool | None = None
-    for index, row in _iterate(table, chosen):
+    for index, row in _iterate(table, {**chosen, **further}):
         where = f"in row {index} of {table.source}"
         if "messages" in chosen:
             messages = _messages(row.get(chosen["messages"]), chosen["messages"], where)
@@ -347,6 +379,8 @@ def _canonical(table: Table, columns: Mapping[str, str]) -> tuple[Dataset, list[
         result["prompt"].append(prompt)
         result["completion"].append(answers[0])
         result["references"].append(list(references))
+        for name, column in further.items():
+            result[name].append(row.get(column))
     return Dataset.from_dict(result), names
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,10 +17,27 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed import Processes
-from .errors import InputError, did_you_mean
+from .errors import InputError
 from .models import is_seq2seq
+from .scorers import SCORERS, Scorer, check_rows, exact_match, normalize_answer, references_of, rouge_l
+from .scorers import get as get_scorer
+from .scorers import score as score_rows
 from .tasks import Task
 from .tokenization import encode_completion, encode_prompt
+
+__all__ = [
+    "SCORERS",
+    "Cell",
+    "EvaluationConfig",
+    "check_task",
+    "evaluate_task",
+    "evaluating",
+    "exact_match",
+    "make_cell",
+    "normalize_answer",
+    "references_of",
+    "rouge_l",
+]
 
 T = TypeVar("T")
 
@@ -32,7 +48,9 @@ class EvaluationConfig:
 
     scorer: str = field(
         default="exact_match",
-        metadata={"help": "exact_match, rouge_l or label_likelihood, unless a task names its own."},
+        metadata={
+            "help": "A scorer's name, such as exact_match, rouge_l or label_likelihood; a task may name its own."
+        },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."})
     max_new_tokens: int = field(default=50, metadata={"help": "Longest answer that is generated (MIGU: 50)."})
@@ -42,8 +60,7 @@ class EvaluationConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise InputError(f"evaluation.scorer={self.scorer!r} is unknown{did_you_mean(self.scorer, SCORERS)}")
+        get_scorer(self.scorer, "evaluation.scorer")
         for option in ("batch_size", "max_new_tokens"):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -51,35 +68,6 @@ class EvaluationConfig:
         for option in ("unseen", "base_model"):
             if not isinstance(getattr(self, option), bool):
                 raise InputError(f"evaluation.{option}={getattr(self, option)!r} must be true or false")
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, ASCII punctuation deleted, white space collapsed; articles stay (MIGU, compute_metrics.py)."""
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals a normalised reference, else 0.0."""
-    answer = normalize_answer(prediction)
-    # A reference of punctuation alone (MNLI's "-" for "no label") is never right, also for an empty answer.
-    return float(any(answer == normalize_answer(r) for r in references if normalize_answer(r) or not r.strip()))
-
-
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE-L with stemming, the best over references (as in Super-NaturalInstructions)."""
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise InputError(
-            "scorer 'rouge_l' needs the package rouge-score; run `pip install 'hf-continual[eval]'`"
-        ) from error
-    scorer = _rouge.setdefault("rougeL", rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True))
-    return max(float(scorer.score(r, prediction)["rougeL"].fmeasure) for r in references)
-
-
-_rouge: dict[str, Any] = {}
-SCORERS = ("exact_match", "rouge_l", "label_likelihood")
-TEXT_SCORERS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact_match": exact_match, "rouge_l": rouge_l}
 
 
 @dataclass
@@ -105,7 +93,7 @@ def evaluate_task(
     autocast_dtype: torch.dtype | None = None,
     ranks: Processes | None = None,
 ) -> Cell:
-    """Score `model` on `task.eval_dataset` (columns `prompt`, `references`).
+    """Score `model` on `task.eval_dataset` (columns `prompt`, `references`, and what the scorer needs).
 
     With `ranks` every process must call it with the same whole model; they share the batches and all get the cell. It
     is that of one process, since no batch is made differently.
@@ -113,9 +101,7 @@ def evaluate_task(
     Raises:
         InputError: if the task has no evaluation data, or no labels where the scorer needs them.
     """
-    scorer = task.scorer or config.scorer
-    if scorer not in SCORERS:
-        raise InputError(f"task '{task.name}': scorer={scorer!r} is unknown{did_you_mean(scorer, SCORERS)}")
+    scorer = _scorer_of(task, config)
     rows = list(task.eval_dataset)
     encoded = [encode_prompt(row["prompt"], tokenizer, max_prompt_length, is_seq2seq(model)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]), i))
@@ -125,37 +111,29 @@ def evaluate_task(
     bar = tqdm(total=len(rows), desc=title, leave=False, unit="row", disable=hidden)
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     with bar, evaluating(model), torch.no_grad(), autocast:
-        if scorer == "label_likelihood":
+        if scorer.answers == "labels":
             predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar, ranks)
         else:
-            predictions = _by_generation(model, tokenizer, config, rows, encoded, order, bar, ranks)
+            predictions = _by_generation(model, tokenizer, scorer, config, rows, encoded, order, bar, ranks)
     settings: dict[str, Any] = {
-        "scorer": scorer,
+        "scorer": scorer.name,
         "max_prompt_length": max_prompt_length,
         "batch_size": config.batch_size,
     }
-    if scorer == "label_likelihood":
-        settings["labels"] = list(task.labels or ())
-    else:
+    if scorer.same is not None and task.labels:
+        settings["labels"] = list(task.labels)
+    if scorer.answers != "labels":
         settings |= {"max_new_tokens": config.max_new_tokens, "do_sample": False, "num_beams": 1}
-    return make_cell(scorer, predictions, settings)
+    return make_cell(scorer.name, predictions, settings, f"task '{task.name}'")
 
 
-def make_cell(scorer: str, predictions: list[dict[str, Any]], settings: dict[str, Any]) -> Cell:
-    """Score kept predictions; works without the model. Likelihood predictions are labels, compared exactly."""
-    metric = "accuracy" if scorer == "label_likelihood" else scorer
-    score_one = TEXT_SCORERS.get(scorer, lambda prediction, references: float(prediction in references))
-    if not predictions:
-        raise InputError("there are no predictions to score; give the task evaluation rows")
-    scores = [score_one(p["prediction"], p["references"]) for p in predictions]
-    others = {}
+def make_cell(scorer: str, predictions: list[dict[str, Any]], settings: dict[str, Any], where: str = "") -> Cell:
+    """Score kept predictions; works without the model. `where` names their file or task in messages."""
+    found = score_rows(scorer, predictions, settings.get("labels"), where)
     if scorer == "rouge_l":
-        others["exact_match"] = _mean([exact_match(p["prediction"], p["references"]) for p in predictions])
-    return Cell(metric, _mean(scores), len(scores), others, settings, predictions)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))
+        found.details["exact_match"] = score_rows("exact_match", predictions, None, where).value
+    metric = SCORERS[scorer].metric or scorer
+    return Cell(metric, found.value, len(predictions), found.details, settings, predictions)
 
 
 @contextmanager
@@ -207,10 +185,27 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def references_of(row: Any) -> list[str]:
-    """The right answers of a row: `references`, one string or several, or else its `completion`."""
-    found = row["references"] if row.get("references") is not None else row["completion"]
-    return [found] if isinstance(found, str) else list(found)
+def _scorer_of(task: Task, config: EvaluationConfig) -> Scorer:
+    """The scorer of a task, refused if evaluation cannot make what it scores."""
+    scorer = get_scorer(task.scorer or config.scorer, f"task '{task.name}': scorer")
+    if scorer.answers == "tokens":
+        raise InputError(
+            f"task '{task.name}': scorer '{scorer.name}' needs token log-likelihoods, which evaluation does not keep; "
+            "score rows with them by hf_continual.scorers.score"
+        )
+    if scorer.samples > 1:
+        raise InputError(
+            f"task '{task.name}': scorer '{scorer.name}' needs {scorer.samples} samples a row, and evaluation makes "
+            "one; use pass_at_1"
+        )
+    return scorer
+
+
+def _keep(index: int, row: Any, prediction: str, scorer: Scorer | None = None) -> dict[str, Any]:
+    """What is stored of a row: enough to score it again."""
+    columns = (*scorer.columns, *scorer.optional) if scorer is not None else ()
+    further = {column: row[column] for column in columns if row.get(column) is not None}
+    return {"index": index, "prediction": prediction, "references": references_of(row, f"row {index}"), **further}
 
 
 def _own_batches(order: Sequence[int], size: int, ranks: Processes | None) -> Iterator[Sequence[int]]:
@@ -237,6 +232,7 @@ def _of_all_ranks(own: dict[int, T], ranks: Processes | None) -> dict[int, T]:
 def _by_generation(
     model: Any,
     tokenizer: Any,
+    scorer: Scorer,
     config: EvaluationConfig,
     rows: list[Any],
     encoded: list[list[int]],
@@ -261,10 +257,10 @@ def _by_generation(
         if not seq2seq:
             output = output[:, ids.shape[1] :]
         for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
+            answers[i] = text.rstrip() if scorer.answers == "code" else text.strip()  # code begins with its indentation
         bar.update(len(batch) * (ranks.world_size if ranks is not None else 1))
     answers = _of_all_ranks(answers, ranks)
-    return [{"index": i, "prediction": answers[i], "references": references_of(row)} for i, row in enumerate(rows)]
+    return [_keep(i, row, answers[i], scorer) for i, row in enumerate(rows)]
 
 
 def _by_likelihood(
@@ -317,9 +313,7 @@ def _by_likelihood(
     scores = _of_all_ranks(scores, ranks)
     return [
         {
-            "index": i,
-            "prediction": labels[max(range(len(labels)), key=lambda k, s=scores[i]: s[k])],  # type: ignore[misc]
-            "references": references_of(row),
+            **_keep(i, row, labels[max(range(len(labels)), key=lambda k, s=scores[i]: s[k])]),  # type: ignore[misc]
             "log_likelihood": [round(s, 6) for s in scores[i]],
         }
         for i, row in enumerate(rows)
@@ -333,14 +327,12 @@ def _shift_right(model: Any, target: Tensor) -> Tensor:
 
 def check_task(task: Task, config: EvaluationConfig) -> None:
     """Refuse, before training, a task that could not be scored."""
-    scorer = task.scorer or config.scorer
-    if scorer not in SCORERS:
-        raise InputError(f"task '{task.name}': scorer={scorer!r} is unknown{did_you_mean(scorer, SCORERS)}")
+    scorer = _scorer_of(task, config)
     if task.eval_dataset is None or len(task.eval_dataset) == 0:
         raise InputError(f"task '{task.name}' has no evaluation rows; give it an eval split, or eval_fraction")
-    if scorer == "label_likelihood" and len(task.labels or ()) < 2:
+    if scorer.answers == "labels" and len(task.labels or ()) < 2:
         raise InputError(
-            f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task"
+            f"task '{task.name}': scorer '{scorer.name}' needs its labels; add `labels: [a, b, ...]` to the task"
         )
-    if scorer == "rouge_l":
-        rouge_l("a", ["a"])
+    check_rows(scorer, task.eval_dataset, f"task '{task.name}'", predicted=False)
+    scorer.ready()

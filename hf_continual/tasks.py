@@ -20,7 +20,7 @@ class Task:
             chat messages) and `completion` (a string). Used by hand, whatever the Trainer takes.
         eval_dataset (`datasets.Dataset`, *optional*): rows to score; as above, plus `references` (a list of strings).
         labels (`list[str]`, *optional*): the possible answers, for `scorer="label_likelihood"`.
-        scorer (`str`, *optional*): `exact_match`, `rouge_l` or `label_likelihood`; `None` takes the queue's default.
+        scorer (`str`, *optional*): a name of `hf_continual.scorers.SCORERS`; `None` takes the queue's default.
         training (`dict`): training arguments that differ for this task, such as `{"num_train_epochs": 2}`.
         index (`int`): position in the stream, from 0. The queue sets it.
 
