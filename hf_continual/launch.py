@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib.resources
+import importlib.util
 import json
 import os
 import signal
@@ -27,12 +29,15 @@ import yaml
 from transformers import TrainingArguments
 
 from .errors import InputError, did_you_mean
-from .recipes import SECTIONS
+from .recipes import SECTIONS, apply_overrides
+from .recipes import _overlay as overlaid
 
 STATUS = "HF_CONTINUAL_LAUNCH_STATUS"
 """Environment variable: the folder in which each worker leaves its process id and how it ended."""
 OURS = ("config_file", "module", "no_python", "training_script", "training_script_args", "help")
 """Flags of `accelerate launch` that this package fills in itself."""
+RUN_OPTIONS = ("accelerate_config", "isolate_tasks", "only", "dry_run")
+"""Options of `hf-continual run`, which a typing error may have meant."""
 NODE_FLAGS = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
 PATIENCE = 5.0
 """Seconds a worker that ends early waits for the others of its machine to end as well."""
@@ -109,7 +114,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             options = launcher_options()
         name = key.replace("-", "_")
         if name not in options:
-            known = [*SECTIONS, *(n for n in options if n not in OURS)]
+            known = [*RUN_OPTIONS, *SECTIONS, *(n for n in options if n not in OURS)]
             raise InputError(f"command line: run has no option --{key}{did_you_mean(name, known)}")
         if name in OURS:
             raise InputError(f"command line: --{key} of accelerate launch is set by run; use --accelerate_config FILE")
@@ -165,6 +170,8 @@ def launch_command(
         raise InputError(
             f"--accelerate_config {config}: FSDP needs a GPU and this machine has none; use ddp, zero1, zero2 or zero3"
         )
+    if kind == "DEEPSPEED" or "use_deepspeed" in given:
+        _need_deepspeed(f"--accelerate_config {config}")
     extra: list[str] = []
     if "num_processes" not in given and settings.get("num_processes") is None:
         if "num_machines" in given or config == "multi_node":
@@ -256,11 +263,13 @@ def report_end(
 ) -> int | None:
     """Leave how this worker ends for the command that started it; None if no command of ours did.
 
+    Under torchrun, the exit code if another worker of this machine has printed the same message, so that it comes once.
+
     Returns the exit code to end with: 0 once every worker has left its end, for torchrun then has nothing to add;
     otherwise `code`, so that it stops the workers that still run.
     """
     if not environment.get(STATUS):
-        return None
+        return code if message and _said_already(message, environment.get("TORCHELASTIC_ERROR_FILE")) else None
     folder, rank = Path(environment[STATUS]), int(environment.get("RANK", "0"))
     end: dict[str, Any] = {"rank": rank, "code": code, "message": message, "lost": "another process of this" in message}
     if finished is not None:
@@ -279,6 +288,20 @@ def report_end(
     return code
 
 
+def _said_already(message: str, error_file: str | None) -> bool:
+    """torchrun gives each worker the path of a file, DIR/RANK/error.json; DIR is that of one start on this machine."""
+    if not error_file:
+        return False
+    mark = Path(error_file).parent.parent / f"{hashlib.sha256(message.encode()).hexdigest()[:16]}.said"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:  # then every worker says it
+        return False
+    return False
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(f"{path.suffix}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -286,6 +309,29 @@ def _write(path: Path, text: str) -> None:
 
 
 # -- recipe and launcher ---------------------------------------------------------------------------------------------
+
+
+def check_recipe(
+    recipe: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    base_dir: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """`check_launch` for every variant of a recipe as it is written.
+
+    It comes before training arguments are made of the recipe: transformers would answer first, in paragraphs.
+
+    Raises:
+        InputError: if they disagree.
+    """
+    ours = {key: value for key, value in overrides.items() if key.split(".")[0] == "training"}
+    variants = apply_overrides(dict(recipe), overrides).get("variants")
+    for overlay in variants.values() if isinstance(variants, Mapping) and variants else [{}]:
+        whole = overlaid(recipe, overlay) if isinstance(overlay, Mapping) else recipe
+        merged = {"training": whole.get("training") or {}}
+        training = apply_overrides(merged, ours)["training"]
+        if isinstance(training, Mapping):
+            check_launch({"training": training}, environment, base_dir)
 
 
 def check_launch(
@@ -303,6 +349,13 @@ def check_launch(
     Raises:
         InputError: if they disagree.
     """
+    world = int(environment.get("WORLD_SIZE", "1"))
+    here = max(int(environment.get("LOCAL_RANK", "0")) + 1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    if here > world:
+        raise InputError(
+            f"WORLD_SIZE={world} and this machine alone has {here} processes, which do not know of each other and "
+            "would each train alone; start them with --accelerate_config, torchrun or `accelerate launch`"
+        )
     training = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     training |= recipe.get("training") or {}
 
@@ -310,6 +363,8 @@ def check_launch(
         return environment.get(name, "false").lower() in ("true", "1")
 
     uses_deepspeed, uses_fsdp = on("ACCELERATE_USE_DEEPSPEED"), on("ACCELERATE_USE_FSDP")
+    if training["deepspeed"]:
+        _need_deepspeed("training.deepspeed is given")
     precision = environment.get("ACCELERATE_MIXED_PRECISION")  # only accelerate launch sets it
     if training["deepspeed"] and uses_deepspeed:
         raise InputError(
@@ -350,6 +405,11 @@ def check_launch(
     source = training["deepspeed"] or (uses_deepspeed and environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     if source and source != "none":
         _check_deepspeed(_read_deepspeed(source, base_dir), training)
+
+
+def _need_deepspeed(asked: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(f"{asked}: DeepSpeed is not installed; run `pip install 'hf-continual[deepspeed]'`")
 
 
 def _read_deepspeed(source: Any, base_dir: Path | None) -> dict[str, Any]:

@@ -1,19 +1,23 @@
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 from toy_runs import assert_same, save_model, write_recipe
 
 from hf_continual import InputError
-from hf_continual.cli import main
+from hf_continual.cli import main, make_parser
 from hf_continual.launch import (
+    RUN_OPTIONS,
     STATUS,
     check_launch,
+    check_recipe,
     find_config,
     launch_command,
     launcher_options,
@@ -85,6 +89,8 @@ def test_options_are_those_of_accelerate():
     [
         (["--num_proceses", "2"], "no option --num_proceses; did you mean 'num_processes'"),
         (["--sed", "2"], "no option --sed; did you mean 'seed'"),
+        (["--accelerate_confg", "zero2"], "no option --accelerate_confg; did you mean 'accelerate_config'"),
+        (["--isolate_task"], "no option --isolate_task; did you mean 'isolate_tasks'"),
         (["--num_processes"], "--num_processes has no value"),
         (["stray"], "'stray' belongs to no option"),
         (["--config_file", "x"], "use --accelerate_config FILE"),
@@ -93,6 +99,11 @@ def test_options_are_those_of_accelerate():
 def test_other_flags_are_refused(words, said):
     with pytest.raises(InputError, match=said):
         split_flags(words)
+
+
+def test_options_of_run_are_suggested_too():
+    given = vars(make_parser().parse_args(["run", "recipe.yaml"]))
+    assert set(given) - set(RUN_OPTIONS) == {"command", "recipe", "one_task"}  # one_task is ours alone
 
 
 def test_launcher_flags_need_a_configuration(capsys):
@@ -145,6 +156,9 @@ def test_configurations_that_would_start_something_else(tmp_path):
         ({"max_grad_norm": 0.5}, {**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "0.5"}, None),
         ({}, {**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.gradient_accumulation_steps=1"),
         ({}, {**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, None),
+        ({}, {"WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "WORLD_SIZE=1 and this machine alone has 2 processes"),
+        ({}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "which do not know of each other"),
+        ({}, {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None),
     ],
 )
 def test_launcher_and_recipe_disagree(training, environment, said):
@@ -190,6 +204,37 @@ def test_deepspeed_config_and_recipe_disagree(tmp_path, config, training, said):
         check_launch({"training": {"deepspeed": "absent.json"}}, {})
 
 
+def test_each_variant_is_checked_as_written(tmp_path):
+    """Before training arguments are made of it, in which transformers would answer with several lines."""
+    config = {"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}
+    recipe = {
+        "training": {"learning_rate": 1e-4},
+        "variants": {"plain": None, "split": {"training": {"deepspeed": config}}},
+    }
+    check_recipe(recipe, {}, tmp_path, {})
+    for given, overrides in (
+        (recipe, {}),
+        ({"training": {}}, {"training.deepspeed": config}),
+        ({}, {"variants": {"a": {"training": {"deepspeed": config}}}}),
+    ):
+        with pytest.raises(InputError, match="launcher brings DeepSpeed too"):
+            check_recipe(given, overrides, tmp_path, DEEPSPEED)
+    check_recipe(recipe, {"training.deepspeed": None}, tmp_path, DEEPSPEED)
+    check_recipe({"training": 3, "variants": {"a": 4}}, {}, tmp_path, DEEPSPEED)  # refused where recipes are read
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else find(name, *a))
+    with pytest.raises(InputError, match=r"--accelerate_config zero2: .*pip install 'hf-continual\[deepspeed\]'"):
+        launch_command("zero2", ["--num_processes", "2"], "r", [], gpus=0)
+    with pytest.raises(InputError, match=r"--accelerate_config ddp: DeepSpeed is not installed"):
+        launch_command("ddp", ["--num_processes", "2", "--use_deepspeed"], "r", [], gpus=0)
+    with pytest.raises(InputError, match=r"training.deepspeed is given: .*pip install 'hf-continual\[deepspeed\]'"):
+        check_launch({"training": {"deepspeed": {"gradient_clipping": "auto"}}}, {})
+    launch_command("ddp", ["--num_processes", "2"], "r", [], gpus=0)
+
+
 # -- how workers end -------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +244,18 @@ def test_ends_of_workers(tmp_path):
     assert report_end(2, "error: x", environment=alone) == 0
     many = {**alone, "RANK": "1", "WORLD_SIZE": "4"}
     assert report_end(2, "error: x", environment=many) == 2  # others on another machine must be stopped
+
+
+def test_under_torchrun_a_sentence_comes_once(tmp_path):
+    ranks = [{"TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt_0" / str(r) / "error.json")} for r in range(3)]
+    (tmp_path / "attempt_0" / "0").mkdir(parents=True)
+    ends = [
+        report_end(2, message, environment=ranks[r]) for r, message in enumerate(("error: x", "error: x", "error: y"))
+    ]
+    assert ends == [None, 2, None]
+    assert report_end(0, finished=True, environment=ranks[0]) is None
+    absent = {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "absent" / "0" / "error.json")}
+    assert [report_end(2, "error: x", environment=absent) for _ in range(2)] == [None, None]
 
 
 def _stub(body):
@@ -258,6 +315,71 @@ def _child_listens(pid):
         if folder and os.path.exists(f"{folder}/0.pid"):
             return True
     return False
+
+
+# -- Slurm -----------------------------------------------------------------------------------------------------------
+
+SLURM = Path(__file__).parent.parent / "recipes" / "slurm" / "multi_node.sbatch"
+COMMANDS = {  # stand-ins that say what they were asked for
+    "scontrol": 'case $1 in show) echo node-a; echo node-b;; *) echo "$@" >> "$LOG";; esac',
+    "srun": 'while [[ $1 == -* ]]; do shift; done; for i in 0 1; do SLURM_NODEID=$i "$@"; done; sleep "$WAIT"',
+    "hf-continual": 'printf "%s\\n" "$*" >> "$LOG"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    for name, body in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start(*words, wait=0, **changes):
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "32", "WAIT": str(wait), **changes,
+        }  # fmt: skip
+        given = {name: value for name, value in environment.items() if value is not None}
+        return subprocess.Popen(["bash", str(SLURM), *words], env=given, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_slurm_starts_each_node_with_its_own_rank(slurm, tmp_path):
+    assert slurm("recipe.yaml", "--only", "migu", "--name", "two words").wait(20) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(
+            "run recipe.yaml --only migu --name two words --accelerate_config multi_node --num_machines"
+        )
+        args, rest = make_parser().parse_known_args(line.replace("two words", "two").split())
+        launcher, overrides = split_flags(rest)
+        assert overrides == ["--name", "two"] and args.only == "migu"
+        given = dict(zip(launcher[::2], launcher[1::2], strict=True))
+        assert given == {
+            "--num_machines": "2", "--machine_rank": str(rank), "--num_processes": "16", "--main_process_ip": "node-a",
+            "--main_process_port": "23456",
+        }  # fmt: skip
+        launch_command(args.accelerate_config, launcher, args.recipe, overrides, gpus=8)
+
+
+def test_slurm_queues_again_before_the_limit(slurm, tmp_path):
+    process = slurm("recipe.yaml", wait=5, PRESET="zero2")
+    until = time.monotonic() + 20
+    while time.monotonic() < until and "zero2" not in (
+        (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "requeue 123456"
+
+
+def test_slurm_says_what_is_missing(slurm):
+    for name, said in (("SLURM_GPUS_ON_NODE", "no GPUs"), ("SLURM_CPUS_PER_TASK", "set --cpus-per-task above")):
+        process = slurm("recipe.yaml", **{name: None})
+        assert process.wait(20) != 0 and said in process.stderr.read()
 
 
 # -- for real --------------------------------------------------------------------------------------------------------
