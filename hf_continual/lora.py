@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .distributed import full, own_part
+from .distributed import full, own_part, refuse_partitioned
 from .errors import InputError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -156,6 +156,7 @@ class LoraView:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write every adapter in PEFT's layout to `folder/<name>/`. Returns what `load` needs."""
         model = self.peft_model("lora")
+        refuse_partitioned(model, "saving adapters")
         model.save_pretrained(str(folder), selected_adapters=self.adapters)
         if "default" in self.adapters:  # PEFT writes this one at the root
             (folder / "default").mkdir(exist_ok=True)
@@ -182,6 +183,7 @@ class LoraView:
         `sum_i s_i B_i A_i = s B A` exactly in real arithmetic.
         """
         model = self.peft_model("lora")
+        refuse_partitioned(model, "saving adapters")
         if len(self.active) == 1:
             name = self.active[0]
             model.save_pretrained(str(folder), selected_adapters=[name])

@@ -2,7 +2,8 @@
 
 `R` is a (tasks x tasks) array: `R[i, j]` is the score on task `j` after training task `i`, both counted from 0, and
 `NaN` (or `None`) means "not evaluated". `T` is the number of tasks. "BWT" in two papers is often two formulas, so the
-variant is an argument and `METRICS` keeps the formula and the source of each.
+variant is an argument, `METRICS` keeps the formula and the source of each, and `CONVENTIONS` which of them each paper
+or library reports, under the name it uses.
 """
 
 from __future__ import annotations
@@ -17,29 +18,49 @@ from numpy.typing import ArrayLike
 from .errors import InputError, did_you_mean
 
 __all__ = [
+    "CONVENTIONS",
     "METRICS",
+    "Convention",
     "MetricInfo",
     "average_performance",
     "backward_transfer",
+    "find_convention",
     "forgetting",
     "forward_transfer",
     "learning_accuracy",
     "summarize",
 ]
 
+AVERAGE_PERFORMANCE_VARIANTS = ("lopez-paz", "weighted", "incremental")
 BACKWARD_TRANSFER_VARIANTS = ("lopez-paz", "divide_by_t", "lower_triangle")
-FORWARD_TRANSFER_VARIANTS = ("lopez-paz", "diagonal", "zero_shot")
-FORGETTING_VARIANTS = ("chaudhry", "all_rows", "sapt")
+FORWARD_TRANSFER_VARIANTS = ("lopez-paz", "divide_by_t", "diagonal", "zero_shot", "sapt")
+FORGETTING_VARIANTS = ("chaudhry", "all_rows", "sapt", "mammoth", "since_learned")
+
+SAPT_SINGLE_TASK_MEAN = 0.5094
+"""The mean single-task score that SAPT's score.py subtracts whatever it has loaded: 50.94 there, in percent."""
 
 
-def average_performance(R: ArrayLike) -> float:
-    """Score after the last task: AP = (1/T) sum_j R[T-1, j] (ACC in Lopez-Paz & Ranzato 2017, Eq. 2).
+def average_performance(R: ArrayLike, sizes: ArrayLike | None = None, *, variant: str = "lopez-paz") -> float:
+    """Score after the last task. `R` is T x T; it may be 1 x T (a joint run) where only its last row is used.
 
-    Works on the last row, so `R` may also be 1 x T (a joint run).
+    Args:
+        sizes: number of evaluation rows of each task, for `"weighted"`.
+        variant: `"lopez-paz"`: (1/T) sum_j R[T-1, j] (ACC in Lopez-Paz & Ranzato 2017, Eq. 2);
+            `"weighted"`: sum_j n_j R[T-1, j] / sum_j n_j, the score over all rows as if they were one task;
+            `"incremental"`: (1/T) sum_i (1/(i+1)) sum_{j<=i} R[i, j], over all moments (Rebuffi et al. 2017).
     """
+    _check_variant("average_performance", variant, AVERAGE_PERFORMANCE_VARIANTS)
+    if variant == "incremental":
+        R = _square(R, "average_performance/incremental")
+        score = _reader(R, "average_performance/incremental")
+        return _mean(_mean(score(i, j) for j in range(i + 1)) for i in range(len(R)))
     R = _matrix(R)
     score = _reader(R, "average_performance")
-    return _mean(score(R.shape[0] - 1, j) for j in range(R.shape[1]))
+    last, T = R.shape[0] - 1, R.shape[1]
+    if variant == "weighted":
+        size = _given(sizes, T, "average_performance/weighted", "sizes", "the number of evaluation rows")
+        return sum(size(j) * score(last, j) for j in range(T)) / sum(size(j) for j in range(T))
+    return _mean(score(last, j) for j in range(T))
 
 
 def backward_transfer(R: ArrayLike, *, variant: str = "lopez-paz") -> float:
@@ -47,7 +68,7 @@ def backward_transfer(R: ArrayLike, *, variant: str = "lopez-paz") -> float:
 
     Args:
         variant: `"lopez-paz"`: (1/(T-1)) sum_{j<T-1} (R[T-1, j] - R[j, j]) (Lopez-Paz & Ranzato 2017, Eq. 3);
-            `"divide_by_t"`: the same sum divided by T (the code of SAPT and SEEKR);
+            `"divide_by_t"`: the same sum divided by T (the code of GEM, SAPT and SEEKR);
             `"lower_triangle"`: mean over all i > j of R[i, j] - R[j, j] (LibContinual).
     """
     _check_variant("backward_transfer", variant, BACKWARD_TRANSFER_VARIANTS)
@@ -66,8 +87,10 @@ def forward_transfer(R: ArrayLike, baseline: ArrayLike | None = None, *, variant
     Args:
         baseline: scores to compare with: the base model's, or those of models trained on one task each.
         variant: `"lopez-paz"`: (1/(T-1)) sum_{j>=1} (R[j-1, j] - baseline[j]) (Lopez-Paz & Ranzato 2017, Eq. 4);
+            `"divide_by_t"`: the same sum divided by T (the code of GEM);
             `"diagonal"`: (1/T) sum_j (R[j, j] - baseline[j]) (SAPT, with single-task scores as baseline);
-            `"zero_shot"`: (1/(T-1)) sum_{j>=1} R[j-1, j], no baseline (TaSL).
+            `"zero_shot"`: (1/(T-1)) sum_{j>=1} R[j-1, j], no baseline (TaSL);
+            `"sapt"`: (1/T) sum_j R[j, j] - 0.5094, whatever the task (the code of SAPT).
     """
     _check_variant("forward_transfer", variant, FORWARD_TRANSFER_VARIANTS)
     R = _square(R, "forward_transfer")
@@ -75,20 +98,26 @@ def forward_transfer(R: ArrayLike, baseline: ArrayLike | None = None, *, variant
     T = len(R)
     if variant == "zero_shot":
         return _mean(score(j - 1, j) for j in range(1, T))
+    if variant == "sapt":
+        return _mean(score(j, j) for j in range(T)) - SAPT_SINGLE_TASK_MEAN
     base = _baseline(baseline, T)
     if variant == "diagonal":
         return _mean(score(j, j) - base(j) for j in range(T))
-    return _mean(score(j - 1, j) - base(j) for j in range(1, T))
+    changes = [score(j - 1, j) - base(j) for j in range(1, T)]
+    return sum(changes) / T if variant == "divide_by_t" else _mean(changes)
 
 
 def forgetting(R: ArrayLike, *, variant: str = "chaudhry") -> float:
     """Best earlier score minus the last: (1/(T-1)) sum_{j<T-1} (best_j - R[T-1, j]). `R` is T x T; 0.0 for one task.
 
     Args:
-        variant: which rows count for `best_j`, the last row never among them.
-            `"chaudhry"`: max_{j<=i<=T-2} R[i, j], since the task was learned (Chaudhry et al. 2018, Eq. 3);
-            `"all_rows"`: max_{0<=i<=T-2} R[i, j], also before the task was learned;
-            `"sapt"`: max(0, max_{j<=i<=T-2} R[i, j]): F.Ra in SAPT's code, which fills the rest of the matrix with 0.
+        variant: which rows count for `best_j`.
+            `"chaudhry"`: max_{j<=i<=T-2} R[i, j], since the task was learned (Chaudhry et al. 2018, Eq. 3, on a matrix
+            without scores of tasks not learned yet);
+            `"all_rows"`: max_{0<=i<=T-2} R[i, j], also before the task was learned (Eq. 3 as written);
+            `"sapt"`: max(0, max_{j<=i<=T-2} R[i, j]): F.Ra in SAPT's code, which fills the rest of the matrix with 0;
+            `"mammoth"`: max(0, max_{j<=i<=T-1} R[i, j]): with the last row, so a task that improved counts as 0;
+            `"since_learned"`: R[j, j], no maximum: the negative of backward transfer (Avalanche).
     """
     _check_variant("forgetting", variant, FORGETTING_VARIANTS)
     R = _square(R, "forgetting")
@@ -96,10 +125,12 @@ def forgetting(R: ArrayLike, *, variant: str = "chaudhry") -> float:
     T = len(R)
 
     def best(j: int) -> float:
+        if variant == "since_learned":
+            return score(j, j)
         first = 0 if variant == "all_rows" else j
-        # SAPT's matrix has a 0 above the diagonal for every task but the first.
-        padding = [0.0] if variant == "sapt" and j > 0 else []
-        return max(padding + [score(i, j) for i in range(first, T - 1)])
+        # The matrices of SAPT and Mammoth have a 0 above the diagonal for every task but the first.
+        padding = [0.0] if variant in ("sapt", "mammoth") and j > 0 else []
+        return max(padding + [score(i, j) for i in range(first, T if variant == "mammoth" else T - 1)])
 
     return _mean(best(j) - score(T - 1, j) for j in range(T - 1))
 
@@ -133,14 +164,51 @@ def summarize(R: ArrayLike, baseline: ArrayLike | None = None) -> dict[str, floa
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """One variant of one metric: `function(R)`, or `function(R, baseline)` if `needs_baseline`."""
+    """One variant of one metric.
+
+    Args:
+        function: `function(R)`, or `function(R, x)` with what `needs` names.
+        needs: `baseline` (scores of the model before any task), `single_task` (scores of models trained on one task
+            each) or `sizes` (number of evaluation rows); each one number a task.
+        differs: in a few words, how it departs from the default variant of its family.
+        lower_is_better: true for forgetting.
+    """
 
     id: str
     formula: str
     source: str
     function: Callable[..., float]
-    needs_baseline: bool = False
+    needs: str = ""
+    differs: str = ""
+    lower_is_better: bool = False
 
+    @property
+    def family(self) -> str:
+        """The metric it is a variant of."""
+        return self.id.partition("/")[0]
+
+    def compute(
+        self,
+        R: ArrayLike,
+        *,
+        baseline: ArrayLike | None = None,
+        single_task: ArrayLike | None = None,
+        sizes: ArrayLike | None = None,
+    ) -> float:
+        """The value on a matrix; InputError names what is missing."""
+        if not self.needs:
+            return self.function(R)
+        given = {"baseline": baseline, "single_task": single_task, "sizes": sizes}[self.needs]
+        if given is None:
+            raise InputError(f"{self.id} needs {NEEDS[self.needs]}")
+        return self.function(R, given)
+
+
+NEEDS = {
+    "baseline": "the scores of the model before any task; set evaluation.base_model to true",
+    "single_task": "the scores of models trained on one task each; report takes their runs with --single_task",
+    "sizes": "the number of evaluation rows of each task",
+}
 
 _GEM = "Lopez-Paz & Ranzato 2017 (GEM)"
 
@@ -148,6 +216,21 @@ METRICS: dict[str, MetricInfo] = {
     info.id: info
     for info in (
         MetricInfo("average_performance", "(1/T) sum_j R[T-1, j]", f"{_GEM}, Eq. 2", average_performance),
+        MetricInfo(
+            "average_performance/weighted",
+            "sum_j n_j R[T-1, j] / sum_j n_j",
+            "code of O-LoRA and MIGU (predict_exact_match), Avalanche (StreamAccuracy)",
+            partial(average_performance, variant="weighted"),
+            needs="sizes",
+            differs="weighs each task by its evaluation rows",
+        ),
+        MetricInfo(
+            "average_performance/incremental",
+            "(1/T) sum_i (1/(i+1)) sum_{j<=i} R[i, j]",
+            "Rebuffi et al. 2017 (iCaRL); code of EasyCL (cl_metrics.py, Avg)",
+            partial(average_performance, variant="incremental"),
+            differs="averages over the moments after every task, not the last alone",
+        ),
         MetricInfo(
             "backward_transfer",
             "(1/(T-1)) sum_{j<T-1} (R[T-1, j] - R[j, j])",
@@ -157,56 +240,237 @@ METRICS: dict[str, MetricInfo] = {
         MetricInfo(
             "backward_transfer/divide_by_t",
             "(1/T) sum_{j<T-1} (R[T-1, j] - R[j, j])",
-            "code of SAPT (score.py) and SEEKR (show_results.py)",
+            "code of GEM (metrics.py), SAPT (score.py) and SEEKR (show_results.py)",
             partial(backward_transfer, variant="divide_by_t"),
+            differs="divides by T: counts the last task, whose change is 0",
         ),
         MetricInfo(
             "backward_transfer/lower_triangle",
             "(2/(T(T-1))) sum_{i>j} (R[i, j] - R[j, j])",
             "LibContinual (README)",
             partial(backward_transfer, variant="lower_triangle"),
+            differs="averages over every later task, not the last alone",
         ),
         MetricInfo(
             "forward_transfer",
             "(1/(T-1)) sum_{j>=1} (R[j-1, j] - baseline[j])",
             f"{_GEM}, Eq. 4",
             forward_transfer,
-            needs_baseline=True,
+            needs="baseline",
+        ),
+        MetricInfo(
+            "forward_transfer/divide_by_t",
+            "(1/T) sum_{j>=1} (R[j-1, j] - baseline[j])",
+            "code of GEM (metrics.py)",
+            partial(forward_transfer, variant="divide_by_t"),
+            needs="baseline",
+            differs="divides by T: counts the first task as 0",
         ),
         MetricInfo(
             "forward_transfer/diagonal",
-            "(1/T) sum_j (R[j, j] - baseline[j])",
-            "SAPT (its score.py subtracts the constant 50.94 as mean baseline)",
+            "(1/T) sum_j (R[j, j] - single_task[j])",
+            "SAPT; code of AimMerging (eval_fwt_superni.py)",
             partial(forward_transfer, variant="diagonal"),
-            needs_baseline=True,
+            needs="single_task",
+            differs="each task after it was learned, against a model trained on it alone",
         ),
         MetricInfo(
             "forward_transfer/zero_shot",
             "(1/(T-1)) sum_{j>=1} R[j-1, j]",
             "code of TaSL (eval_fwt.py)",
             partial(forward_transfer, variant="zero_shot"),
+            differs="subtracts no baseline",
+        ),
+        MetricInfo(
+            "forward_transfer/sapt",
+            "(1/T) sum_j R[j, j] - 0.5094",
+            "code of SAPT (score.py, line 26: the constant 50.94, not the single-task scores it loads)",
+            partial(forward_transfer, variant="sapt"),
+            differs="each task after it was learned, minus the constant 50.94 whatever the tasks",
         ),
         MetricInfo(
             "forgetting",
             "(1/(T-1)) sum_{j<T-1} (max_{j<=i<=T-2} R[i, j] - R[T-1, j])",
-            "Chaudhry et al. 2018 (Riemannian Walk), Eq. 3",
+            "Chaudhry et al. 2018 (Riemannian Walk), Eq. 3, over the rows since the task was learned",
             forgetting,
+            lower_is_better=True,
         ),
         MetricInfo(
             "forgetting/all_rows",
             "(1/(T-1)) sum_{j<T-1} (max_{0<=i<=T-2} R[i, j] - R[T-1, j])",
-            "F.Ra as SAPT writes it: the maximum over all earlier rows",
+            "Chaudhry et al. 2018 (Riemannian Walk), Eq. 3 as written; F.Ra as SAPT writes it",
             partial(forgetting, variant="all_rows"),
+            differs="the best score may be from before the task was learned",
+            lower_is_better=True,
         ),
         MetricInfo(
             "forgetting/sapt",
             "(1/(T-1)) sum_{j<T-1} (max(0, max_{j<=i<=T-2} R[i, j]) - R[T-1, j])",
             "code of SAPT (score.py), which fills cells above the diagonal with 0",
             partial(forgetting, variant="sapt"),
+            differs="cells above the diagonal count as 0, which matters for scores below 0 only",
+            lower_is_better=True,
+        ),
+        MetricInfo(
+            "forgetting/mammoth",
+            "(1/(T-1)) sum_{j<T-1} (max(0, max_{j<=i<=T-1} R[i, j]) - R[T-1, j])",
+            "code of Mammoth (utils/metrics.py)",
+            partial(forgetting, variant="mammoth"),
+            differs="the best score may be the last one: never below 0",
+            lower_is_better=True,
+        ),
+        MetricInfo(
+            "forgetting/since_learned",
+            "(1/(T-1)) sum_{j<T-1} (R[j, j] - R[T-1, j])",
+            "code of Avalanche (forgetting_bwt.py)",
+            partial(forgetting, variant="since_learned"),
+            differs="takes no best score, but the one just after the task: minus backward transfer",
+            lower_is_better=True,
         ),
         MetricInfo("learning_accuracy", "(1/T) sum_j R[j, j]", "Riemer et al. 2019 (MER)", learning_accuracy),
     )
 }
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The metrics of one paper or library.
+
+    Args:
+        metrics: the name it uses for a metric -> id in `METRICS`.
+        note: what to know before comparing with its numbers, such as where its paper and its code part.
+    """
+
+    id: str
+    source: str
+    metrics: dict[str, str]
+    note: str = ""
+
+
+_AP, _BWT, _FWT, _F = "average_performance", "backward_transfer", "forward_transfer", "forgetting"
+_RANDOM = "Its baseline of forward transfer is the model at random initialisation; here it is the base model."
+_SUM_T = "Its code divides by T: see "
+
+CONVENTIONS: dict[str, Convention] = {
+    convention.id: convention
+    for convention in (
+        Convention(
+            "default",
+            "this package",
+            {"AP": _AP, "BWT": _BWT, "F": _F, "LA": "learning_accuracy", "FWT": _FWT},
+        ),
+        Convention(
+            "lopez-paz",
+            f"{_GEM}, Eqs. 2 to 4",
+            {"ACC": _AP, "BWT": _BWT, "FWT": _FWT},
+            f"{_RANDOM} {_SUM_T}gem-code.",
+        ),
+        Convention(
+            "gem-code",
+            "code of GEM (metrics/metrics.py)",
+            {"Final Accuracy": _AP, "Backward": f"{_BWT}/divide_by_t", "Forward": f"{_FWT}/divide_by_t"},
+            f"The paper divides by T-1: see lopez-paz. {_RANDOM}",
+        ),
+        Convention(
+            "chaudhry",
+            "Chaudhry et al. 2018 (Riemannian Walk)",
+            {"A": _AP, "F": f"{_F}/all_rows"},
+            "Its intransigence needs a jointly trained model for each task and is not computed.",
+        ),
+        Convention(
+            "sapt",
+            "SAPT, Zhao et al. 2024",
+            {"AP": _AP, "F.Ra": f"{_F}/all_rows", "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
+            "Its code computes F.Ra and FWT otherwise: see sapt-code.",
+        ),
+        Convention(
+            "sapt-code",
+            "code of SAPT (score.py)",
+            {"Cl": _AP, "Fgt": f"{_F}/sapt", "Fwt": f"{_FWT}/sapt", "Bwt": f"{_BWT}/divide_by_t"},
+            "Fwt subtracts a constant that belongs to one model on one benchmark.",
+        ),
+        Convention(
+            "kif",
+            "KIF, Feng et al. 2024, which cites SAPT's protocol",
+            {"AP": _AP, "F.Ra": f"{_F}/all_rows", "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
+            "Taken from SAPT, whose evaluation it follows; formulas of its own were not found.",
+        ),
+        Convention(
+            "tasl",
+            "TaSL, Feng et al. 2024; its code (eval_avgJGA.py, eval_fwt.py, eval_bwt.py)",
+            {"Avg.JGA": _AP, "FWT": f"{_FWT}/zero_shot", "BWT": _BWT},
+            "The paper averages over five orders, and its scores are joint goal accuracy of merged models.",
+        ),
+        Convention(
+            "aimmerging",
+            "code of AimMerging (src/eval_*_superni.py)",
+            {"OP": _AP, "FWT": f"{_FWT}/diagonal", "BWT": _BWT},
+        ),
+        Convention(
+            "trace",
+            "TRACE, Wang et al. 2023",
+            {"OP": _AP, "BWT": _BWT},
+            "No code computes them; the published BWT agrees with T-1 (Table 8), not with T.",
+        ),
+        Convention("seekr", "SEEKR, He et al. 2024, Eq. 15", {"OP": _AP, "BWT": _BWT}, f"{_SUM_T}seekr-code."),
+        Convention(
+            "seekr-code",
+            "code of SEEKR (show_results.py)",
+            {"avg": _AP, "bwt": f"{_BWT}/divide_by_t"},
+            "The paper divides by T-1: see seekr.",
+        ),
+        Convention(
+            "olora",
+            "O-LoRA, Wang et al. 2023",
+            {"average accuracy": _AP},
+            "Its code prints the score over all rows: see olora-code.",
+        ),
+        Convention("olora-code", "code of O-LoRA (src/compute_metrics.py)", {"predict_exact_match": f"{_AP}/weighted"}),
+        Convention(
+            "migu",
+            "MIGU, Du et al. 2024",
+            {"average accuracy": _AP},
+            "The paper does not say whether tasks or rows are averaged; its code prints the score over all rows: "
+            "see migu-code.",
+        ),
+        Convention("migu-code", "code of MIGU (src/compute_metrics.py)", {"predict_exact_match": f"{_AP}/weighted"}),
+        Convention(
+            "mammoth",
+            "code of Mammoth (utils/metrics.py)",
+            {"accuracy": _AP, "backward transfer": _BWT, "forward transfer": _FWT, "forgetting": f"{_F}/mammoth"},
+            _RANDOM,
+        ),
+        Convention(
+            "avalanche",
+            "code of Avalanche (accuracy.py, forgetting_bwt.py, forward_transfer.py)",
+            {
+                "StreamAccuracy": f"{_AP}/weighted",
+                "StreamForgetting": f"{_F}/since_learned",
+                "StreamBWT": _BWT,
+                "StreamForwardTransfer": _FWT,
+            },
+            _RANDOM,
+        ),
+        Convention(
+            "easycl",
+            "code of EasyCL (cl_metrics.py)",
+            {"Last": _AP, "Avg": f"{_AP}/incremental", "BWT": _BWT, "FWT": _FWT},
+            "There a score that is missing counts as 0; here the metric is left out.",
+        ),
+        Convention("libcontinual", "LibContinual (README)", {"BWT": f"{_BWT}/lower_triangle"}),
+    )
+}
+
+
+def find_convention(name: str) -> Convention:
+    """A convention by name.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in CONVENTIONS:
+        raise InputError(f"--convention {name}: it is unknown{did_you_mean(name, CONVENTIONS)}")
+    return CONVENTIONS[name]
 
 
 def _matrix(R: ArrayLike) -> np.ndarray:
@@ -250,19 +514,27 @@ def _baseline(baseline: ArrayLike | None, tasks: int) -> Callable[[int], float]:
         raise InputError(
             "forward_transfer needs a baseline, one score for each task; without one use variant='zero_shot'"
         )
+    return _given(baseline, tasks, "forward_transfer", "baseline", "one score")
+
+
+def _given(values: ArrayLike | None, tasks: int, metric: str, name: str, what: str) -> Callable[[int], float]:
+    """`value(j)` = values[j], or a sentence if it is missing."""
+    if values is None:
+        raise InputError(f"{metric} needs {name}: {what} of each task")
     try:
-        values = np.array(baseline, dtype=float)
+        array = np.array(values, dtype=float)
     except (TypeError, ValueError):
-        raise InputError("baseline: expected one number for each task") from None
-    if values.shape != (tasks,):
-        raise InputError(f"baseline: expected {tasks} scores, one for each task, got shape {values.shape}")
+        raise InputError(f"{name}: expected one number for each task") from None
+    if array.shape != (tasks,):
+        noun = "scores" if name == "baseline" else "numbers"
+        raise InputError(f"{name}: expected {tasks} {noun}, one for each task, got shape {array.shape}")
 
-    def base(j: int) -> float:
-        if np.isnan(values[j]):
-            raise InputError(f"forward_transfer needs baseline[{j}], which was not evaluated")
-        return float(values[j])
+    def value(j: int) -> float:
+        if np.isnan(array[j]):
+            raise InputError(f"{metric} needs {name}[{j}], which was not evaluated")
+        return float(array[j])
 
-    return base
+    return value
 
 
 def _check_variant(metric: str, variant: str, variants: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ so they need no model and no GPU.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from tabulate import tabulate
 
 from .attention_report import attention_section, read_report_attention
 from .errors import InputError
-from .metrics import METRICS
+from .metrics import CONVENTIONS, METRICS, find_convention
 from .plots import plot_comparison, plot_matrix
 from .run_scores import (
     COLUMNS,
     NO_VALUE,
     RunScores,
+    add_single_task,
+    compute,
     duplicates,
     find_runs,
     groups,
@@ -34,6 +36,8 @@ from .skill_report import read_report_units, skill_section
 
 __all__ = [
     "RunScores",
+    "convention_table",
+    "differences_table",
     "find_runs",
     "load_run",
     "matrix_table",
@@ -101,33 +105,143 @@ def _variants_table(runs: Sequence[RunScores], tablefmt: str = "github") -> str:
         cells = []
         for members in grouped.values():
             try:
-                each = [info.function(r.R, r.baseline) if info.needs_baseline else info.function(r.R) for r in members]
-                cells.append(percent(statistics.fmean(each)))
+                cells.append(percent(statistics.fmean(compute(run, info) for run in members)))
             except InputError:
                 cells.append(NO_VALUE)
         rows.append([f"`{info.id}`", *cells, f"`{info.formula}`", info.source])
     return _table(rows, ["metric", *grouped, "formula", "source"], tablefmt)
 
 
-def _table(rows: list[list[Any]], headers: list[str], tablefmt: str) -> str:
-    align = ["left"] + ["left" if header in ("formula", "source") else "right" for header in headers[1:]]
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align if rows else None)
+def convention_table(runs: Sequence[RunScores], convention: str, tablefmt: str = "simple") -> str:
+    """The metrics of one convention in percent, under the names it uses: mean over seeds, with the standard deviation.
+
+    Below the table: what could not be computed, and from which scores it would be.
+
+    Raises:
+        InputError: if there is no such convention.
+    """
+    found = find_convention(convention)
+    notes: list[str] = []
+    columns: dict[str, list[str]] = {}
+    for label, members in groups(runs).items():
+        counted = [run for run in members if run.finished] if len(runs) > 1 else members
+        notes += [
+            f"Not finished, not in the means: {run.title} ({run.progress})" for run in members if run not in counted
+        ]
+        cells, reasons = _values(counted, list(found.metrics.values()))
+        columns[label] = [mean_and_std(cells[id]) for id in found.metrics.values()]
+        names = {id: name for name, id in found.metrics.items()}
+        notes += [f"{label}: no {names[id]}: {reason}" for id, reason in reasons.items()]
+    rows = [
+        [name, *(cells[i] for cells in columns.values()), METRICS[id].formula, METRICS[id].source]
+        for i, (name, id) in enumerate(found.metrics.items())
+    ]
+    if found.note:
+        notes.append(f"Note: {found.note}")
+    table = _table(rows, [found.id, *_headers(columns, runs), "formula", "source"], tablefmt, wrap=40)
+    bullet = "- " if tablefmt == "github" else ""
+    return "\n".join([table, *([""] if notes else []), *(bullet + note for note in notes)])
+
+
+def differences_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str:
+    """Where the conventions differ on these scores, in percent: one row a definition of a metric.
+
+    Below the table: the metrics that all conventions agree on, and the definitions that lack a score.
+    """
+    used: dict[str, list[str]] = {}
+    for convention in CONVENTIONS.values():
+        for name, id in convention.metrics.items():
+            used.setdefault(id, []).append(f"{convention.id} {name}")
+    grouped = {
+        label: [run for run in members if not run.joint and (run.finished or len(runs) == 1)]
+        for label, members in groups(runs).items()
+    }
+    grouped = {label: members for label, members in grouped.items() if members}
+    if not grouped:
+        return "No run with a row for every task."
+    values: dict[str, dict[str, str]] = {id: {} for id in METRICS}
+    missing: dict[str, str] = {}
+    for label, members in grouped.items():
+        cells, reasons = _values(members, list(METRICS))
+        for id in METRICS:
+            values[id][label] = percent(statistics.fmean(cells[id])) if cells[id] else NO_VALUE
+        missing |= {id: reason for id, reason in reasons.items() if id in used and id not in missing}
+
+    rows, notes = [], []
+    for family in dict.fromkeys(info.family for info in METRICS.values()):
+        known = {
+            id: tuple(values[id].values())
+            for id in used
+            if METRICS[id].family == family and set(values[id].values()) != {NO_VALUE}
+        }
+        kinds = list(dict.fromkeys(known.values()))
+        if len(kinds) == 1 and len(known) > 1:
+            notes.append(f"The same here by {len(known)} definitions: {family.replace('_', ' ')}")
+        if len(kinds) > 1:
+            # The default first, then as in the registry.
+            for id in (id for id in METRICS if id in known):
+                rows.append([f"{id}", *known[id], METRICS[id].differs or "the default here", ", ".join(used[id])])
+    notes += [f"Not computed: {reason} ({', '.join(used[id])})" for id, reason in missing.items()]
+    bullet = "- " if tablefmt == "github" else ""
+    lines = ["On these scores, no two conventions differ."]
+    if rows:
+        lines = [_table(rows, ["metric", *_headers(grouped, runs), "difference", "reported as"], tablefmt, wrap=48)]
+    return "\n".join([*lines, *([""] if notes else []), *(bullet + note for note in notes)])
+
+
+def _headers(labels: Iterable[str], runs: Sequence[RunScores]) -> list[str]:
+    return ["percent"] if len(runs) == 1 else list(labels)
+
+
+def _values(runs: Sequence[RunScores], ids: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Values of each metric over runs, and the reason where a run lacks it."""
+    values: dict[str, list[float]] = {id: [] for id in ids}
+    reasons: dict[str, str] = {}
+    for run in runs:
+        for id in ids:
+            try:
+                values[id].append(compute(run, METRICS[id]))
+            except InputError as error:
+                reasons[id] = str(error)
+    # A mean over some of the seeds would be another number.
+    return {id: [] if id in reasons else found for id, found in values.items()}, reasons
+
+
+def _table(rows: list[list[Any]], headers: list[str], tablefmt: str, wrap: int | None = None) -> str:
+    """`wrap`: the widest a column of text may be; not for Markdown, whose rows are lines."""
+    text = [header in ("formula", "source", "difference", "reported as") for header in headers]
+    align = ["left"] + ["left" if words else "right" for words in text[1:]]
+    widths = [wrap if words and tablefmt != "github" else None for words in text] if wrap and rows else None
+    return tabulate(
+        rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align if rows else None, maxcolwidths=widths
+    )
 
 
 # Reports
 
 
-def write_report(path: str | Path, out: str | Path | None = None, scorer: str | None = None) -> Path:
+def write_report(
+    path: str | Path,
+    out: str | Path | None = None,
+    scorer: str | None = None,
+    convention: str = "default",
+    single_task: str | Path | None = None,
+) -> Path:
     """Write `report.md` and its plots for one run or for a folder of runs; returns the path of `report.md`.
 
     Args:
         path: a run directory, or a folder with run directories up to three levels below.
         out: folder to write to; `path` if left out.
         scorer: score the kept predictions with this one instead.
+        convention: also show the metrics of this paper or library, and where conventions differ.
+        single_task: a folder with a run of each task alone, for the conventions that compare with them.
     """
+    find_convention(convention)
     path = Path(path)
     out = path if out is None else Path(out)
     runs = [load_run(each, scorer) for each in find_runs(path)]
+    if single_task is not None:
+        add_single_task(runs, single_task, scorer)
     single = runs[0].path == path
     units, attention = read_report_units(runs), read_report_attention(runs)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +264,9 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
             blocks += [f"### {run.title}{state}", f"`{run.path}`", _matrix_caption(run), matrix_table(run, "github")]
 
     blocks += skill_section(runs, units, out, single) + attention_section(runs, attention, out, single)
+    if convention != "default":
+        blocks += [f"## Convention: {convention}", convention_table(runs, convention, "github")]
+        blocks += ["## Where conventions differ", differences_table(runs, "github")]
     blocks += ["## Formulas", _FORMULAS]
     blocks += ["Percent, mean over the finished runs, by every definition this package knows:", _variants_table(runs)]
     blocks += ["## Predictions", _predictions(runs)]
@@ -162,16 +279,27 @@ def write_report(path: str | Path, out: str | Path | None = None, scorer: str | 
     return report
 
 
-def print_report(path: str | Path, out: str | Path | None = None, scorer: str | None = None) -> None:
-    """Write the report and print its tables and its path."""
-    report = write_report(path, out, scorer)
+def print_report(
+    path: str | Path,
+    out: str | Path | None = None,
+    scorer: str | None = None,
+    convention: str = "default",
+    single_task: str | Path | None = None,
+) -> None:
+    """Write the report and print its tables and its path; of a convention other than the default also its metrics."""
+    report = write_report(path, out, scorer, convention, single_task)
     runs = [load_run(each, scorer) for each in find_runs(path)]
+    if single_task is not None:
+        add_single_task(runs, single_task, scorer)
     for run in runs:
         state = "" if run.finished else f" (not finished: {run.progress})"
         print(f"{run.title}{state}: {', '.join(sorted(set(run.metrics.values()))) or 'no scores yet'}, percent")
         print(matrix_table(run), end="\n\n")
     single = runs[0].path == Path(path)
     print(_run_metrics(runs[0], "simple") if single else summary_table(runs), end="\n\n")
+    if convention != "default":
+        print(convention_table(runs, convention), "Where conventions differ:", differences_table(runs), sep="\n\n")
+        print()
     print(f"Report: {report}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, did_you_mean
-from .metrics import METRICS
+from .metrics import METRICS, MetricInfo
 
 # Column of the summary for each default metric.
 COLUMNS = {
@@ -37,6 +37,9 @@ class RunScores:
         metrics: which score each task has, such as `{"agnews": "exact_match"}`.
         sizes: number of evaluation examples of each task.
         cursor: number of tasks that are finished.
+        train_hashes: hash of the training rows of each task trained.
+        eval_hashes: hash of the evaluation rows of each task evaluated.
+        single_task: (columns,) scores of models trained on one task each; `None` until `add_single_task`.
     """
 
     path: Path
@@ -52,6 +55,9 @@ class RunScores:
     joint: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    train_hashes: dict[str, str] = field(default_factory=dict)
+    eval_hashes: dict[str, str] = field(default_factory=dict)
+    single_task: np.ndarray | None = None
 
     @property
     def label(self) -> str:
@@ -90,6 +96,9 @@ def load_run(path: str | Path, scorer: str | None = None) -> RunScores:
         finished = bool(queue["finished"])
         cursor = int(queue["cursor"])
         versions = {str(name): str(version) for name, version in (queue.get("versions") or {}).items()}
+        train_hashes = {str(task["name"]): str(task["hash"]) for task in queue["tasks"] if task.get("hash")}
+        evaluation = queue.get("evaluation") or []
+        eval_hashes = {str(task["task"]): str(task["hash"]) for task in evaluation if task.get("hash")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{queue_file}: cannot be read as the state of a run ({_reason(error)})") from None
     if not tasks:
@@ -111,6 +120,8 @@ def load_run(path: str | Path, scorer: str | None = None) -> RunScores:
         cursor=cursor,
         joint=joint,
         versions=versions,
+        train_hashes=train_hashes,
+        eval_hashes=eval_hashes,
     )
     scores_file = path / "scores.jsonl"
     if scores_file.is_file():
@@ -156,16 +167,27 @@ def _score_again(run_dir: Path, index: int, after: str, task: str, scorer: str) 
 
     if scorer not in SCORERS:
         raise InputError(f"--scorer {scorer}: it is unknown{did_you_mean(scorer, SCORERS)}")
-    folder = run_dir / "base" if index < 0 else run_dir / "tasks" / f"{index:02d}-{after}"
-    path = folder / "predictions" / f"{task}.jsonl"
+    path = predictions_file(run_dir, index, after, task)
     try:
-        predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        cell = make_cell(scorer, predictions, {})
+        predictions = read_predictions(path)
+        kept = path.with_suffix(".json")  # the label set of the task, if it has one
+        settings = json.loads(kept.read_text(encoding="utf-8"))["settings"] if kept.is_file() else {}
+        cell = make_cell(scorer, predictions, {"labels": settings.get("labels")})
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--scorer {scorer}: the predictions in {path} cannot be read ({_reason(error)})") from error
     return cell.metric, cell.score
+
+
+def predictions_file(run_dir: Path, index: int, after: str, task: str) -> Path:
+    """Where the predictions of a cell are kept; `index` -1 is the base model."""
+    folder = run_dir / "base" if index < 0 else run_dir / "tasks" / f"{index:02d}-{after}"
+    return folder / "predictions" / f"{task}.jsonl"
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _reason(error: Exception) -> str:
@@ -198,25 +220,72 @@ def find_runs(path: str | Path) -> list[Path]:
 
 def measure(run: RunScores) -> tuple[dict[str, float], list[str]]:
     """The default metrics of a run (of an unfinished one: over the tasks so far), and why others are missing."""
-    done = len(run.tasks) if run.finished else run.cursor
+    done = tasks_done(run)
     if done == 0:
         return {}, []
-    R, baseline = run.R[:done], run.baseline
-    if run.R.shape[1] == len(run.tasks):
-        R, baseline = R[:, :done], None if baseline is None else baseline[:done]
     values, problems = {}, []
     # One by one, so that a missing cell does not hide the metrics that do not need it.
     for name in ["average_performance"] if run.joint else COLUMNS:
-        optional = METRICS[name].needs_baseline
-        if optional and (baseline is None or done == 1):
+        optional = bool(METRICS[name].needs)
+        if optional and (run.baseline is None or done == 1):
             continue
         try:
-            values[name] = METRICS[name].function(R, baseline) if optional else METRICS[name].function(R)
+            values[name] = compute(run, METRICS[name])
         except InputError as error:
             # Evaluating tasks before they are trained is a choice, so forward transfer may just be absent.
             if not optional:
                 problems.append(str(error))
     return values, problems
+
+
+def tasks_done(run: RunScores) -> int:
+    return len(run.tasks) if run.finished else run.cursor
+
+
+def compute(run: RunScores, info: MetricInfo) -> float:
+    """One metric of a run, of an unfinished one over the tasks so far.
+
+    Raises:
+        InputError: naming the score it needs and does not have.
+    """
+    done = tasks_done(run)
+    if done == 0:
+        raise InputError(f"{info.id} needs a finished task, and {run.title} has none yet")
+    R, baseline, single_task = run.R[:done], run.baseline, run.single_task
+    sizes = np.array([run.sizes.get(name, np.nan) for name in run.eval_tasks])
+    if run.R.shape[1] == len(run.tasks):
+        R, sizes = R[:, :done], sizes[:done]
+        baseline = None if baseline is None else baseline[:done]
+        single_task = None if single_task is None else single_task[:done]
+    return info.compute(R, baseline=baseline, single_task=single_task, sizes=sizes)
+
+
+def add_single_task(runs: Sequence[RunScores], path: str | Path, scorer: str | None = None) -> None:
+    """Give each run the scores of the runs of one task each at `path`, the mean over seeds.
+
+    Raises:
+        InputError: if a task has no such run, or its run was scored on other rows or by another scorer.
+    """
+    singles = [run for run in (load_run(each, scorer) for each in find_runs(path)) if run.finished]
+    singles = [run for run in singles if not run.joint and len(run.tasks) == 1 and run.tasks == run.eval_tasks]
+    for run in runs:
+        scores = []
+        for task in run.eval_tasks:
+            found = [single for single in singles if single.tasks == [task] and not np.isnan(single.R[0, 0])]
+            if not found:
+                raise InputError(f"--single_task {path}: no finished run there has {task} as its only task")
+            for single in found:
+                if single.eval_hashes.get(task) != run.eval_hashes.get(task):
+                    raise InputError(
+                        f"--single_task {path}: {single.path} evaluates {task} on other rows than {run.path}"
+                    )
+                if single.metrics[task] != run.metrics.get(task, single.metrics[task]):
+                    raise InputError(
+                        f"--single_task {path}: {single.path} scores {task} by {single.metrics[task]}, and {run.path} "
+                        f"by {run.metrics[task]}; score both with --scorer"
+                    )
+            scores.append(statistics.fmean(float(single.R[0, 0]) for single in found))
+        run.single_task = np.array(scores)
 
 
 def groups(runs: Sequence[RunScores]) -> dict[str, list[RunScores]]:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from hf_continual.errors import InputError
+from hf_continual.metrics import CONVENTIONS
 from hf_continual.report import (
+    convention_table,
+    differences_table,
     find_runs,
     load_run,
     matrix_table,
@@ -268,3 +271,139 @@ def test_print_report(tmp_path, capsys):
     print_report(write_comparison(tmp_path / "runs"))
     shown = capsys.readouterr().out
     assert "70.0 ± 14.1" in shown and "ewc, seed 42 (not finished: 1 of 3 tasks)" in shown
+
+
+def runs_at(path: Path):
+    return [load_run(each) for each in find_runs(path)]
+
+
+def test_convention_of_one_run(tmp_path):
+    runs = runs_at(write_run(tmp_path / "run"))
+    text = convention_table(runs, "sapt-code")
+    # AP (50 + 70 + 60) / 3; F.Ra (80 - 50 + 90 - 70) / 2; BWT -(30 + 20) / 3; FWT (80 + 90 + 60) / 3 - 50.94.
+    shown = {words(line)[0]: words(line)[1] for line in text.splitlines() if line[:3] in ("Cl ", "Fgt", "Fwt", "Bwt")}
+    assert shown == {"Cl": "60.0", "Fgt": "25.0", "Bwt": "-16.7", "Fwt": "25.7"}
+    assert words(text)[:2] == ["sapt-code", "percent"] and "score.py" in text and "Note: Fwt subtracts" in text
+    assert "-25.0" in convention_table(runs, "trace") and "OP" in convention_table(runs, "trace")
+    with pytest.raises(InputError, match="--convention mamoth: it is unknown; did you mean 'mammoth'"):
+        convention_table(runs, "mamoth")
+
+
+def test_convention_says_what_is_missing(tmp_path):
+    runs = runs_at(write_run(tmp_path / "run", R=[[0.8, None, None], [0.6, 0.9, None], [0.5, 0.7, 0.6]]))
+    text = convention_table(runs, "sapt")
+    assert "no F.Ra: forgetting needs R[0, 1]" in text
+    assert "no FWT: forward_transfer/diagonal needs the scores of models trained on one task each" in text
+    line = next(line for line in text.splitlines() if line.startswith("F.Ra"))
+    assert words(line)[1] == "-" and "nan" not in text.lower()
+    assert "no forward transfer: forward_transfer needs R[0, 1]" in convention_table(runs, "mammoth")
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("cursor", [0, 1, 2])
+def test_every_convention_of_an_unfinished_run(tmp_path, convention, cursor):
+    runs = runs_at(write_run(tmp_path / "run", R=R[:cursor], baseline=None, finished=False, cursor=cursor))
+    text = convention_table(runs, convention)
+    assert "nan" not in text.lower()
+    if cursor == 0:
+        assert "needs a finished task" in text
+    elif "AP" in CONVENTIONS[convention].metrics:
+        line = next(line for line in text.splitlines() if line.startswith("AP "))
+        assert words(line)[1] == {1: "80.0", 2: "75.0"}[cursor]
+
+
+def test_convention_of_several_runs(tmp_path):
+    text = convention_table(runs_at(write_comparison(tmp_path)), "seekr-code", "github")
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    # BWT -50 / 3 and -10 / 3; a joint run has no row for every task; ewc is not finished.
+    assert "-10.0 ± 9.4" in rows["bwt"] and "70.0 ± 14.1" in rows["avg"]
+    header = [cell.strip() for cell in rows["seekr-code"].split("|")]
+    joint, ewc = header.index("joint"), header.index("ewc")
+    assert [rows[name].split("|")[joint].strip() for name in ("avg", "bwt")] == ["80.0", "-"]
+    assert [rows[name].split("|")[ewc].strip() for name in ("avg", "bwt")] == ["-", "-"]
+    assert "Not finished, not in the means: ewc, seed 42 (1 of 3 tasks)" in text
+    assert "joint: no bwt: backward_transfer needs one row for each task" in text
+
+
+def test_where_conventions_differ(tmp_path):
+    cells = [[0.8, 0.3, 0.1], [0.6, 0.9, 0.2], [0.9, 0.7, 0.6]]
+    text = differences_table(runs_at(write_run(tmp_path / "run", R=cells)), "github")
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            name, value, reason, names = (cell.strip() for cell in line.split("|")[1:5])
+            rows[name] = (value, reason, names.split(", "))
+    # Task 0 went from 80 to 90, task 1 from 90 to 70.
+    assert rows["backward_transfer"][:2] == ("-5.0", "the default here") and "trace BWT" in rows["backward_transfer"][2]
+    assert rows["backward_transfer/divide_by_t"][0] == "-3.3"
+    assert "seekr-code bwt" in rows["backward_transfer/divide_by_t"][2]
+    assert rows["backward_transfer/lower_triangle"][0] == "-10.0"  # (-20 + 10 - 20) / 3
+    assert rows["forgetting"][0] == "5.0" and rows["forgetting/mammoth"][0] == "10.0"
+    assert "never below 0" in rows["forgetting/mammoth"][1]
+    assert rows["forward_transfer"][0] == "15.0" and rows["forward_transfer/zero_shot"][0] == "25.0"
+    assert rows["average_performance/incremental"][0] == "76.1"  # (80 + 75 + 73.3) / 3
+    assert "Not computed: forward_transfer/diagonal needs the scores of models" in text and "sapt FWT" in text
+    for convention in CONVENTIONS.values():  # every reported metric is in the table or said to be missing
+        for name in convention.metrics:
+            if convention.metrics[name] != "learning_accuracy":
+                assert f"{convention.id} {name}" in text
+
+
+def test_where_conventions_agree(tmp_path):
+    flat = runs_at(write_run(tmp_path / "run", R=[[0.5]], tasks=["a"], baseline=None))
+    text = differences_table(flat)
+    assert "The same here by 3 definitions: backward transfer" in text
+    assert "backward_transfer/divide_by_t" not in text.split("Not computed")[0]
+    joint = runs_at(write_run(tmp_path / "joint", R=[[0.9, 0.8, 0.7]], baseline=None, joint=True, variant=None))
+    assert differences_table(joint) == "No run with a row for every task."
+
+
+def test_report_with_a_convention(tmp_path, capsys):
+    path = write_run(tmp_path / "run")
+    print_report(path, convention="trace")
+    shown = capsys.readouterr().out
+    assert "Where conventions differ:" in shown and "OP" in shown and "backward_transfer/divide_by_t" in shown
+    text = (path / "report.md").read_text(encoding="utf-8")
+    assert "## Convention: trace" in text and "## Where conventions differ" in text
+    print_report(path)
+    assert "Where conventions differ" not in capsys.readouterr().out
+    before = (path / "report.md").read_bytes()
+    with pytest.raises(InputError, match="--convention tracee"):
+        print_report(path, convention="tracee")
+    assert (path / "report.md").read_bytes() == before
+
+
+def write_single_runs(root: Path) -> Path:
+    for task, score in zip(TASKS, (0.7, 0.8, 0.9), strict=True):
+        write_run(root / task, R=[[score]], baseline=None, tasks=[task], variant=None)
+    return root
+
+
+def test_single_task_runs_give_the_forward_transfer_of_sapt(tmp_path, capsys):
+    path, singles = write_run(tmp_path / "run"), write_single_runs(tmp_path / "alone")
+    print_report(path, convention="sapt", single_task=singles)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FWT"))
+    assert words(line)[1] == "-3.3"  # (80 + 90 + 60) / 3 - 80
+    assert "(1/T) sum_j (R[j, j] - single_task[j])" in (path / "report.md").read_text(encoding="utf-8")
+    # A second seed of one task: the mean of 70 and 100.
+    write_run(singles / "again", R=[[1.0]], baseline=None, tasks=["agnews"], variant=None, seed=43)
+    print_report(path, convention="sapt", single_task=singles)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("FWT"))
+    assert words(line)[1] == "-8.3"
+
+
+def test_single_task_runs_must_fit(tmp_path):
+    path, singles = write_run(tmp_path / "run"), write_single_runs(tmp_path / "alone")
+    file = singles / "yelp" / "scores.jsonl"
+    file.write_text(file.read_text().replace("exact_match", "rouge_l"))
+    with pytest.raises(InputError, match="scores yelp by rouge_l, and .* by exact_match; score both with --scorer"):
+        write_report(path, single_task=singles)
+    queue = singles / "agnews" / "queue.json"
+    hashed = json.loads(queue.read_text()) | {"evaluation": [{"task": "agnews", "hash": "other"}]}
+    queue.write_text(json.dumps(hashed))
+    with pytest.raises(InputError, match="evaluates agnews on other rows"):
+        write_report(path, single_task=singles)
+    queue.unlink()
+    with pytest.raises(InputError, match="no finished run there has agnews as its only task"):
+        write_report(path, single_task=singles)
+    assert not (path / "report.md").exists()

@@ -21,6 +21,8 @@ from hf_continual import ContinualTrainer, InputError, distributed
 from hf_continual.cli import main
 from hf_continual.distributed import release_engine
 from hf_continual.launch import presets
+from hf_continual.lora import LoraView
+from hf_continual.merging import merge_adapters
 from hf_continual.testing import close, tiny_model, toy_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -260,10 +262,11 @@ def _two_trainers(rank, folder):
     release_engine(second)
     third = make("zero3")
     third.train()
-    with pytest.raises(
-        InputError, match="merging: the weight .* is split between the processes; use trainer.save_model"
-    ):
-        distributed.refuse_partitioned(third.accelerator.unwrap_model(third.model), "merging")
+    split = third.accelerator.unwrap_model(third.model)
+    with pytest.raises(InputError, match="saving adapters: the weight .* is split between the processes"):
+        LoraView(split).save(folder / "never")
+    with pytest.raises(InputError, match="merging adapters: .* use trainer.save_model"):
+        merge_adapters(split)
     third.save_model(str(folder / "saved"))
     if rank == 0:
         saved = load_file(folder / "saved" / "adapter_model.safetensors")
