@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from .distributed import refuse_partitioned
 from .errors import InputError, build, did_you_mean
 from .lora import LoraView
 from .models import ModelConfig, in_four_bits, load_model, load_tokenizer
@@ -36,50 +38,75 @@ def merge_adapters(model: Any, tolerance: float = 1e-3) -> Any:
     model gives other logits on unusual tokens, and a comparison there says nothing about the merge.
 
     A 4-bit base is dequantised first, and the merged model stays dequantised: rounding the sum to 4 bits again would
-    lose most of what the adapter has learnt. How far the merged model's logits are from the 4-bit model's (only the
-    rounding of its compute dtype) is logged.
+    lose most of what the adapter has learnt. The dequantised model must give what the 4-bit one gives when it computes
+    in fp32, whatever its compute dtype was; how far the merged model is from that is logged.
 
     Raises:
-        InputError: if the merged model's logits differ by more than `tolerance` of their range.
+        InputError: if the dequantised or the merged model's logits differ by more than `tolerance` of their range.
     """
     view = LoraView(model)
     if not view.is_peft:
         return model
+    refuse_partitioned(model, "merging adapters")
     vocabulary = model.config.vocab_size
-    packed = _probe(model, vocabulary).cpu() if in_four_bits(model) else None
-    if packed is not None:
+    packed: torch.Tensor | None = None
+    dtypes = {
+        re.sub(r"^base_model\.model\.|\b(base_layer|original_module)\.", "", n): p.dtype
+        for n, p in model.named_parameters()
+    }
+    if in_four_bits(model):
+        packed_as = _compute_in_float32(model)
+        packed = _probe(model, vocabulary)
         model = dequantize(model)
         view = LoraView(model)
-    prefix = "base_model.model."
-    dtypes = {n.removeprefix(prefix).replace(".base_layer.", "."): p.dtype for n, p in model.named_parameters()}
-    if packed is not None:  # preparing for training made norms and embeddings float32; plain layers need one dtype
+        error = _distance(packed, _probe(model, vocabulary))
+        if not error <= tolerance:
+            raise InputError(
+                f"the dequantised model differs from the 4-bit one (relative error {error:.2e}); keep the adapters as "
+                "they are"
+            )
+        # Preparing for training made norms and embeddings float32; plain layers need one dtype.
         kept = set(getattr(model.get_base_model(), "_keep_in_fp32_modules", None) or [])
-        lowest = min(dtypes.values(), key=lambda dtype: dtype.itemsize)
-        dtypes = {n: d if kept & set(n.split(".")) else lowest for n, d in dtypes.items()}
-    if torch.float64 not in dtypes.values():
+        dtypes = {n: torch.float32 if kept & set(n.split(".")) else packed_as for n in dtypes}
+    elif torch.float64 not in dtypes.values():
         model.float()
     before = _probe(model, vocabulary)
     merged = model.merge_and_unload(adapter_names=view.active)
     after = _probe(merged, vocabulary)
-    scale = float(before.abs().max()) or 1.0
-    error = float((before - after).abs().max()) / scale
+    error = _distance(before, after)
     if not error <= tolerance:
         raise InputError(
             f"the merged model differs from the adapted one (relative error {error:.2e}); keep the adapters as they are"
         )
     if packed is not None:
         logger.warning(
-            "the 4-bit base was dequantised; the merged model's logits differ from the 4-bit model's by %.1e of their "
-            "range",
-            float((packed - after.cpu()).abs().max()) / scale,
+            "the 4-bit base was dequantised, for sums with adapters do not fit into 4 bits; computing in float32, the "
+            "merged model's logits differ from the 4-bit model's by %.1e of their range",
+            _distance(packed, after),
         )
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     return merged
 
 
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest entry of `a`."""
+    return float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+
+
+def _compute_in_float32(model: Any) -> torch.dtype:
+    """Let a 4-bit model compute in, and be dequantised to, float32; returns the dtype that its weights were in."""
+    packed_as = torch.float32
+    model.float()
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and hasattr(module, "compute_dtype"):
+            packed_as, module.compute_dtype, state.dtype = state.dtype, torch.float32, torch.float32
+    return packed_as
+
+
 def dequantize(model: Any) -> Any:
-    """A 4-bit PEFT model with plain base weights and the same adapters. The given model is used up.
+    """A 4-bit PEFT model with plain float32 base weights and the same adapters. The given model is used up.
 
     Raises:
         InputError: if a base weight stays quantised.
@@ -91,7 +118,7 @@ def dequantize(model: Any) -> Any:
         name: {k: v.detach().clone() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
         for name in configs
     }
-    base = model.unload().dequantize()
+    base = model.unload().dequantize(dtype=torch.float32)
     base.is_loaded_in_4bit = False  # transformers leaves it
     left = [n for n, p in base.named_parameters() if type(p).__name__ in ("Params4bit", "Int8Params")]
     if left:

@@ -211,19 +211,46 @@ def load_model(
             f"model.name={config.name}: the model could not be loaded ({first_line(error)}); {WHERE_MODELS_ARE}"
         ) from error
     if in_four_bits(model):
-        _keep_layout(model)
+        keep_layout(model)
     return fix_loss_scaling(model)
 
 
-def _keep_layout(model: nn.Module) -> None:
+def keep_layout(model: Any) -> None:
     """Keep bitsandbytes from repacking weights at the first forward in eval mode on CPUs with AVX512-BF16.
 
     It never packs them back for training, and its kernel for them passes no gradient on: layers below one would learn
     from too little without an error.
+
+    Raises:
+        InputError: if that has happened already. It cannot be undone: the scales of the blocks were rounded to bf16.
     """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError(
+                f"the 4-bit weights of '{name}' were rounded and repacked by bitsandbytes when the model ran in eval "
+                "mode on the CPU, and pass no gradients on in that form; load the model again, and score it only "
+                "through the trainer or the queue, or after hf_continual.models.keep_layout(model)"
+            )
+
+
+def to_meta(model: nn.Module) -> nn.Module:
+    """The given model without its weights; `model.to("meta")` fails on bitsandbytes' parameters."""
+    if not in_four_bits(model):
+        return model.to("meta")
+    found: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in found:  # tied parameters stay tied
+                empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
+                found[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
+            if p is not None:
+                module._parameters[name] = found[id(p)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to("meta") if buffer is not None else None
+    return model
 
 
 def _device_of_this_process() -> torch.device:
@@ -240,16 +267,17 @@ def in_four_bits(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
-def check_four_bits(model: Any, adapted: bool, backend: str | None = None) -> None:
+def check_four_bits(model: Any, adapted: bool, backend: str | None = None, device: torch.device | None = None) -> None:
     """Refuse what a 4-bit base cannot do.
 
     Args:
         model: a model, or the [`ModelConfig`] it comes from.
         adapted: whether it has adapters, or will get them.
         backend: of [`Distributed`].
+        device: on which it is to be trained.
 
     Raises:
-        InputError: if there is nothing to train, or the backend would split the packed weights.
+        InputError: if there is nothing to train, the weights are elsewhere, or the backend would split them.
     """
     if not in_four_bits(model):
         return
@@ -263,6 +291,13 @@ def check_four_bits(model: Any, adapted: bool, backend: str | None = None) -> No
             f"model.load_in_4bit=true cannot be combined with {backend}, which would split the packed 4-bit weights; "
             "use DDP or ZeRO-2 (`--accelerate_config ddp` or `zero2`), or leave load_in_4bit out"
         )
+    if device is not None:
+        there = {p.device.type for p in model.parameters()} - {device.type}
+        if there:
+            raise InputError(
+                f"the 4-bit model has weights on {sorted(there)[0]} and is to be trained on {device.type}, and the "
+                f"Trainer moves no packed weights; load it with device_map={{'': '{device.type}'}}"
+            )
 
 
 def fix_loss_scaling(model: PreTrainedModel) -> PreTrainedModel:
@@ -308,7 +343,7 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
         except (TypeError, ValueError) as error:
             raise InputError(f"peft: {first_line(error)}") from error
     if in_four_bits(model):
-        _keep_layout(model)
+        keep_layout(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer switches it on
         model.enable_input_require_grads()  # reentrant checkpointing drops the gradients of a frozen embedding's output
     try:
@@ -352,4 +387,7 @@ def quiet() -> None:
     """For the command line: only the bars of training, scoring and downloads, and warnings a user can act on."""
     _set_bars(not datasets.are_progress_bars_disabled(), False)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    logging.getLogger("transformers.integrations.bitsandbytes").addFilter(
+        lambda record: "modules are dequantized" not in record.getMessage()
+    )
     logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime may not" not in record.getMessage())

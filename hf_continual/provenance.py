@@ -32,6 +32,10 @@ HARMLESS = {
 }
 
 
+# Options that are younger than some run directories, with what was done before them.
+YOUNGER = {"model.load_in_4bit": False, "model.bnb_4bit_quant_type": "nf4", "model.bnb_4bit_use_double_quant": True}
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that takes part in training."""
     from . import __version__
@@ -93,7 +97,8 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
             path = f"{key}.{name}" if key else name
             if path in HARMLESS or path.startswith("training.logging"):
                 continue
-            found = first_difference(old.get(name), new.get(name), path)
+            before = YOUNGER.get(path)
+            found = first_difference(old.get(name, before), new.get(name, before), path)
             if found:
                 return found
         return None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 from .distributed import Processes, full, is_partitioned
 from .errors import InputError, build
 from .lora import LoraView
-from .models import ModelConfig, apply_lora, fix_loss_scaling, load_model, load_tokenizer
+from .models import ModelConfig, apply_lora, check_four_bits, fix_loss_scaling, load_model, load_tokenizer, to_meta
 from .provenance import fingerprint
 from .run_state import read_json, write_json
 from .tokenization import ensure_pad_token
+
+logger = logging.getLogger(__name__)
 
 BEFORE_ANY_TASK = -1
 OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens")
@@ -37,6 +42,7 @@ class RunModel:
         peft_config: `LoraConfig` or its options; None fine-tunes the full model.
         seed: of weights that are drawn.
         folder_of: where task `i` is committed.
+        use_cpu: as in the training arguments; a 4-bit model stays on the device that it is loaded on.
     """
 
     def __init__(
@@ -46,13 +52,14 @@ class RunModel:
         peft_config: Any,
         seed: int,
         folder_of: Callable[[int], Path],
+        use_cpu: bool = False,
     ) -> None:
         if isinstance(source, str):
             source = ModelConfig(name=source)
         elif isinstance(source, Mapping):
             source = build(ModelConfig, source, "model")
         self.source, self.peft_config, self.seed = source, peft_config, seed
-        self._tokenizer, self._folder_of = tokenizer, folder_of
+        self._tokenizer, self._folder_of, self._use_cpu = tokenizer, folder_of, use_cpu
         self._model: nn.Module | None = None
         self._at: int | None = None
 
@@ -84,12 +91,18 @@ class RunModel:
         unset_hf_deepspeed_config()  # `from_pretrained` splits the weights while ZeRO-3's arguments are alive
         set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
         if isinstance(self.source, ModelConfig):
-            return load_model(self.source, empty=empty)
+            model = load_model(self.source, empty=empty, device="cpu" if self._use_cpu else None)
+            on_cpu = not empty and model.device.type == "cpu"
+            if self.source.load_in_4bit and on_cpu and os.environ.get("RANK", "0") == "0":
+                _say_what_four_bits_lack()
+            return model
         return copy.deepcopy(self.source) if isinstance(self.source, nn.Module) else self.source()
 
     def fresh(self, empty: bool = False) -> Any:
         """The model before any task; with `empty` without weights, for checks."""
         model = self._bare(empty)
+        of_file = isinstance(self.source, ModelConfig)  # without weights it is not packed yet
+        check_four_bits(self.source if of_file else model, self.peft_config is not None or isinstance(model, PeftModel))
         fix_loss_scaling(model)
         words, tokens = model.get_input_embeddings().weight.shape[0], len(self.tokenizer)
         if tokens > words:
@@ -101,7 +114,7 @@ class RunModel:
             model = apply_lora(model, self.peft_config)
         if isinstance(model, PeftModel):
             self._check_adapters(model)
-        return model.to("meta") if empty else model
+        return to_meta(model) if empty else model
 
     def _check_adapters(self, model: Any) -> None:
         """Everything that learns must be in the adapters, for only they are committed."""
@@ -204,6 +217,15 @@ def load_full(model: nn.Module, folder: Path) -> None:
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+@functools.cache
+def _say_what_four_bits_lack() -> None:
+    """Once, not at every task."""
+    logger.warning(
+        "model.load_in_4bit on the CPU saves memory and makes steps slower: bitsandbytes dequantises every layer at "
+        "every step there, and its fast kernels need a GPU"
+    )
 
 
 def training_device(use_cpu: bool) -> torch.device:
