@@ -1,4 +1,4 @@
-"""The command line: run, add, report, merge, estimate, ls, env, validate.
+"""The command line: run, add, report, compare, merge, estimate, ls, env, validate.
 
 Exit codes: 0 done, 2 bad input (one sentence), 130 interrupted with the state saved, 1 anything else.
 """
@@ -54,6 +54,23 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="run directory, or a folder of them")
     report.add_argument("-o", "--out", default=None, help="folder of the report; default: the run's")
     report.add_argument("--scorer", default=None, help="score the kept predictions with this one, without the model")
+    report.add_argument(
+        "--convention", default="default", metavar="NAME",
+        help="also the metrics as this paper or library computes them, such as sapt, trace, tasl, seekr or mammoth, "
+             "and where conventions differ",
+    )  # fmt: skip
+    report.add_argument(
+        "--single_task", default=None, metavar="DIR",
+        help="a folder with a run of each task alone, for the forward transfer of SAPT",
+    )  # fmt: skip
+
+    compare = commands.add_parser("compare", help="variants paired by seed: differences with confidence intervals")
+    compare.add_argument("runs", nargs="+", metavar="run", help="run directories, or folders of them")
+    compare.add_argument(
+        "--metric", default="average_performance", help="such as backward_transfer, forgetting or forgetting/sapt"
+    )
+    compare.add_argument("--against", default=None, metavar="VARIANT", help="compare with this one; default: the first")
+    compare.add_argument("--scorer", default=None, help="score the kept predictions with this one, without the model")
 
     merge = commands.add_parser(
         "merge", help="write a run's model with its adapters merged in; or fuse two stored adapters or models",
@@ -92,7 +109,11 @@ def make_parser() -> argparse.ArgumentParser:
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
     ls.add_argument("name", nargs="?", default=None, help="a method, whose options are then explained")
 
-    commands.add_parser("env", help="versions and hardware, for bug reports")
+    env = commands.add_parser("env", help="versions, hardware and torch.compile, for bug reports")
+    env.add_argument(
+        "--compile", nargs="*", default=None, metavar="METHOD",
+        help="also compile a toy model with each of these methods (none named: all) and count its graph breaks",
+    )  # fmt: skip
 
     validate = commands.add_parser("validate", help="check that a method keeps the contract")
     validate.add_argument("method", help="name, or package.module:Class")
@@ -114,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> tuple[int, str]:
     """The exit code, and the sentence to end with."""
+    import logging
+
+    # Said at every import on CPUs with AVX512-BF16, of a kernel for inference that keep_layout switches off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         args, rest = make_parser().parse_known_args(argv)
         if rest and args.command not in ("run", "estimate"):
@@ -244,11 +269,17 @@ def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     )
 
 
-def _print_report(path: Path, out: str | None = None, scorer: str | None = None) -> None:
+def _print_report(
+    path: Path,
+    out: str | None = None,
+    scorer: str | None = None,
+    convention: str = "default",
+    single_task: str | None = None,
+) -> None:
     from .report import print_report
 
     print()
-    print_report(path, Path(out) if out else None, scorer)
+    print_report(path, Path(out) if out else None, scorer, convention, single_task)
 
 
 def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -269,7 +300,14 @@ def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    _print_report(Path(args.run), args.out, args.scorer)
+    _print_report(Path(args.run), args.out, args.scorer, args.convention, args.single_task)
+    return 0
+
+
+def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .compare import compare_runs, comparison_text
+
+    print(comparison_text(compare_runs(args.runs, args.metric, args.scorer, args.against)))
     return 0
 
 
@@ -353,20 +391,48 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    import importlib.metadata
+    import importlib.util
     import platform
 
     import torch
 
+    from .compilation import describe_compile
+    from .methods.base import method_names
     from .provenance import versions
 
     for name, version in versions().items():
         print(f"{name}: {version}")
+    for name in ("bitsandbytes", "deepspeed"):
+        found = importlib.util.find_spec(name) is not None
+        print(f"{name}: {importlib.metadata.version(name) if found else 'not installed'}")
     print(f"platform: {platform.platform()}\ncpus: {os.cpu_count()} (torch threads: {torch.get_num_threads()})")
     for i in range(torch.cuda.device_count()):
         print(f"gpu {i}: {torch.cuda.get_device_name(i)}")
     if not torch.cuda.is_available():
         print("gpu: none")
+    print(describe_compile())
+    if args.compile is not None:
+        _count_breaks(args.compile or method_names())
     return 0
+
+
+def _count_breaks(methods: Sequence[str]) -> None:
+    """One line a method: graphs and graph breaks of its second toy task, and where it broke."""
+    import logging
+
+    from .compilation import DEFAULT_OPTIONS, first_line, toy_graph_breaks
+    from .methods.base import make_method
+    from .models import quiet
+
+    quiet()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    made = [make_method({"name": name, **DEFAULT_OPTIONS.get(name, {})}) for name in methods]  # names, before training
+    for method in made:
+        report = toy_graph_breaks(method)
+        print(f"compiled with {method.name}: {report}", flush=True)
+        for reason, times in report.breaks.items():
+            print(f"  {times} x {first_line(reason)}", flush=True)
 
 
 def _validate(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -391,6 +457,7 @@ COMMANDS = {
     "run": _run,
     "add": _add,
     "report": _report,
+    "compare": _compare,
     "merge": _merge,
     "estimate": _estimate,
     "ls": _ls,

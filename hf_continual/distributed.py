@@ -19,9 +19,11 @@ tensor, so a shard is (start, numel), and masks and statistics are cut to it ins
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -83,32 +85,45 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def _device(self) -> torch.device:
+    def _group(self) -> Any:
+        """A gloo group beside that of the training.
+
+        What the processes agree on is on the CPU: NCCL would wait for the GPU at each word, and for ever where another
+        process is gone; gloo says so at once.
+        """
+        global _beside
         if not dist.is_initialized():
             from accelerate import PartialState
 
-            cpu = not torch.accelerator.is_available()
-            PartialState(cpu=cpu, timeout=timedelta(hours=2))
-        if dist.is_initialized() and "gloo" not in dist.get_backend():
-            return torch.device(torch.accelerator.current_accelerator() or "cpu")
-        return torch.device("cpu")
+            PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        if _beside is None or _beside[0] is not dist.group.WORLD:
+            _beside = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+            atexit.register(leave_gloo)
+        return _beside[1]
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            self._device()
-            dist.barrier()
+            dist.barrier(group=self._group())
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group())
+        return bool(found)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
         if self.world_size == 1:
             return value
-        device = self._device()
+        group = self._group()
         text = torch.tensor(list(json.dumps(value if self.is_main else None).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(text)], device=device)
-        dist.broadcast(size, 0)
-        buffer = text.to(device) if self.is_main else torch.empty(int(size), dtype=torch.uint8, device=device)
-        dist.broadcast(buffer, 0)
-        return json.loads(bytes(buffer.cpu().tolist()))  # type: ignore[no-any-return]
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, 0, group=group)
+        buffer = text if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=group)
+        return json.loads(bytes(buffer.tolist()))  # type: ignore[no-any-return]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0; every rank gets its result, or its `InputError`."""
@@ -135,6 +150,26 @@ def processes() -> Processes:
     return Processes()
 
 
+PATIENCE = timedelta(hours=2)  # rank 0 may write a large model meanwhile
+_beside: tuple[Any, Any] | None = None
+"""The process group of the training, and the one that `Processes` made beside it."""
+
+
+def leave_gloo() -> None:
+    """End gloo's process groups before the interpreter ends, which its threads would now and then abort (SIGABRT)."""
+    global _beside
+    beside, _beside = _beside, None
+    if not dist.is_initialized():
+        return
+    if "gloo" in dist.get_backend():
+        dist.destroy_process_group()
+    elif beside is not None and beside[0] is dist.group.WORLD:
+        dist.destroy_process_group(beside[1])
+    else:
+        return
+    time.sleep(0.3)  # the threads end a little later
+
+
 class Distributed:
     """What a method may ask about processes.
 
@@ -149,6 +184,8 @@ class Distributed:
         self.rank = accelerator.process_index if accelerator is not None else 0
         self.engine: Any = None
         """DeepSpeed's, while it trains."""
+        if self.world_size > 1:
+            atexit.register(leave_gloo)
 
     @property
     def is_main(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -29,7 +30,7 @@ from .distributed import Distributed, processes, release_engine
 from .errors import InputError, Interrupted, build, did_you_mean
 from .evaluation import EvaluationConfig, check_task, evaluate_task
 from .lora import LoraView
-from .methods.base import MethodContext, MethodList
+from .methods.base import ContinualMethod, MethodContext, MethodList
 from .models import ModelConfig, first_line, is_seq2seq, library_bars
 from .provenance import changed_arguments, first_difference, git_commit, plain, plain_peft, versions
 from .run_model import BEFORE_ANY_TASK, RunModel, training_device
@@ -42,6 +43,9 @@ from .training_args import make_training_args
 JOINT = "joint"
 LAUNCH = "processes.json"
 """In the work folder of a task: by how many processes, and on which backend, its checkpoints were made."""
+BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""Training arguments, with the Trainer's defaults, that may change with the number of processes."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 IN_MEMORY = ("single", "ddp")
 """Backends that leave the model as it was given; elsewhere each task loads the last commit into a new one."""
 
@@ -82,7 +86,7 @@ class QueueResult:
 
 
 class _StopAtSignal(TrainerCallback):
-    """Ends the training at the next step, with a checkpoint, once rank 0's flag is set."""
+    """Ends the training at the next step, with a checkpoint, once the flag of a rank is set."""
 
     in_phases = True
 
@@ -92,8 +96,13 @@ class _StopAtSignal(TrainerCallback):
         self.processes = processes()
 
     def agreed(self) -> bool:
-        """Rank 0's flag: signals reach the ranks at different steps, and all must stop at the same one."""
-        self.stop = self.processes.broadcast(self.stop)
+        """The flag of any rank: signals reach the ranks at different steps, or only one, and all must stop at the same.
+
+        Asked after every step, since a checkpoint must come soon after a machine is called back. It is one integer
+        between the hosts, in the group beside that of the training: no GPU is waited for, and a process that is gone
+        is noticed here, where NCCL alone would go on waiting.
+        """
+        self.stop = self.processes.any(self.stop)
         return self.stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -160,7 +169,12 @@ class TaskQueue:
         self._recipe = recipe
         self._peft_config = peft_config
         self.model = RunModel(
-            model, processing_class, peft_config, seed, lambda i: self.directory.task_folder(self.learnt_tasks[i])
+            model,
+            processing_class,
+            peft_config,
+            seed,
+            lambda i: self.directory.task_folder(self.learnt_tasks[i]),
+            use_cpu=bool((self._args if isinstance(self._args, Mapping) else vars(self._args)).get("use_cpu")),
         )
         self.stream = [readable(task, i) for i, task in enumerate(tasks)]
         check_stream(self.stream)
@@ -207,7 +221,7 @@ class TaskQueue:
                     self._check_same_stream(queue)
                     if record is not None:
                         record()
-                    self._write_queue(queue["cursor"])
+                    self._write_queue(queue["cursor"], queue)
 
         try:
             self._on_main(write)
@@ -259,7 +273,7 @@ class TaskQueue:
 
         Raises:
             InputError: for bad input, a full disk or a process that died; what is learnt stays.
-            Interrupted: after SIGINT, with the current task's checkpoint saved.
+            Interrupted: after SIGINT or SIGTERM to any process, with the current task's checkpoint saved.
         """
         self._check_launcher()
         if isolate_tasks and self.processes.world_size == 1 and not one_task:
@@ -337,7 +351,7 @@ class TaskQueue:
                     "as a folder or hub id, and methods, callbacks and collators as objects of classes in a module"
                 ) from error
             sender.close()
-            with _forwarding_sigint(child):
+            with _forwarding_signals(child):
                 try:
                     answer = receiver.recv()
                 except EOFError:
@@ -413,6 +427,8 @@ class TaskQueue:
         learnt = [t for t in self.learnt_tasks if self.directory.is_learnt(t)]
         if cursor > len(self.learnt_tasks):
             return cursor
+        if queue.get("world_size", 1) != self.processes.world_size:
+            self._check_other_processes(queue)
         names = {task.name for task in [*self.stream, *self.learnt_tasks]}
         self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
         for task in learnt:
@@ -455,12 +471,20 @@ class TaskQueue:
             "seed": self.seed,
         }
 
-    def _write_queue(self, cursor: int) -> None:
+    def _write_queue(self, cursor: int, before: Mapping[str, Any] | None = None) -> None:
+        """`before`: the queue.json whose processes and batches stay, for what does not train."""
         learnt = self.learnt_tasks
-        tasks = [
+        tasks: list[dict[str, Any]] = [
             {"name": t.name, "folder": t.folder, "rows": len(t.train_dataset), "hash": content_hash(t.train_dataset)}
             for t in learnt
         ]
+        if before is None:
+            steps = [self._step(task) for task in learnt]
+        else:
+            steps = [entry.get("step") for entry in before["tasks"]]
+        for entry, step in zip(tasks, steps, strict=False):
+            if step is not None:
+                entry["step"] = step
         scored = [t for t in self.stream]
         done = [t for t in learnt if self.directory.is_learnt(t)]
         self.directory.write_scores(self.directory.cells(done, scored))
@@ -474,7 +498,7 @@ class TaskQueue:
                 "joint": self.joint,
                 "variant": self.variant,
                 "seed": self.seed,
-                "world_size": self.processes.world_size,
+                "world_size": (before or {}).get("world_size", self.processes.world_size),
                 "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
                 "versions": versions(),
                 "git": git_commit(),
@@ -533,8 +557,10 @@ class TaskQueue:
                 "or run the "
                 "changed recipe in another run directory"
             )
-        recipe = dict(self._recipe) if self._recipe is not None else self._description()
-        difference = first_difference(stored_recipe, plain(recipe))
+        recipe = plain(dict(self._recipe) if self._recipe is not None else self._description())
+        if queue.get("world_size", 1) != self.processes.world_size:  # `_check_other_processes` looks at these
+            stored_recipe, recipe = _without_batches(stored_recipe), _without_batches(recipe)
+        difference = first_difference(stored_recipe, recipe)
         if difference:
             key, old, new = difference
             raise InputError(
@@ -542,6 +568,66 @@ class TaskQueue:
                 "recipe, or another "
                 "run directory"
             )
+
+    def _step(self, task: Task) -> dict[str, int]:
+        """Of what the rows of one optimizer step are made: processes, rows in each, micro-batches."""
+        batch, accumulation = (int(self._option(task, name, default)) for name, default in BATCHES.items())
+        return {"processes": self.processes.world_size, "batch": batch, "accumulation": accumulation}
+
+    def _option(self, task: Task, name: str, default: Any = None) -> Any:
+        given = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        return {**given, **task.training}.get(name, default)
+
+    def _check_other_processes(self, queue: Mapping[str, Any]) -> None:
+        """Refuse, between two tasks, another number of processes under which a step would see other rows."""
+        for i, task in enumerate(self.learnt_tasks):
+            if self.directory.is_learnt(task):
+                continue
+            now = self._step(task)
+            stored = queue["tasks"][i] if i < len(queue["tasks"]) else {}
+            old = stored.get("step") or {**now, "processes": queue.get("world_size", 1)}
+            if old["processes"] == now["processes"]:
+                continue
+            of_old, of_now = (math.prod(step.values()) for step in (old, now))
+            began = (
+                f"run directory {self.directory.path} was begun with {old['processes']} process(es) and would go on "
+                f"with {now['processes']} process(es)"
+            )
+            as_before = f"go on with {old['processes']} process(es)"
+            if of_old != of_now:
+                raise InputError(
+                    f"{began}, which makes the {of_old} rows of an optimizer step {of_now} in task '{task.name}'; set "
+                    f"training.per_device_train_batch_size={now['batch']} and "
+                    f"training.gradient_accumulation_steps={now['accumulation']} so that their product times the "
+                    f"processes is {of_old} again, or {as_before}"
+                )
+            why = None
+            methods = MethodList(copy.deepcopy(self._method_specs))
+            at_once = [step["processes"] * step["batch"] for step in (old, now)]
+            config = self._option(task, "accelerator_config")
+            split = config.get("split_batches") if isinstance(config, Mapping) else getattr(config, "split_batches", 0)
+            own_rows = [
+                m.name
+                for m in methods
+                if any(
+                    getattr(type(m), hook) is not getattr(ContinualMethod, hook)
+                    for hook in ("train_dataset", "training_phase")
+                )
+            ]
+            order = str(self._option(task, "train_sampling_strategy", "random"))
+            if own_rows:
+                why = f"method '{own_rows[0]}' spreads its stored rows over the processes"
+            elif order not in ("random", "sequential"):
+                why = f"training.train_sampling_strategy='{order}' groups the rows by process"
+            elif split or isinstance(config, str):
+                why = f"training.accelerator_config={config} splits batches between the processes"
+            elif any(len(task.train_dataset) % rows for rows in at_once):
+                why = (
+                    f"the {len(task.train_dataset)} rows of task '{task.name}' are no multiple of "
+                    f"{' and '.join(map(str, at_once))}, the rows that the processes take at once"
+                )
+            if why is not None:
+                raise InputError(f"{began}, where some steps would see other rows: {why}; {as_before}")
 
     # -- one task ----------------------------------------------------------------------------------------------------
 
@@ -727,29 +813,36 @@ class TaskQueue:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """First SIGINT: stop at the next step with a checkpoint. Second: at once."""
+        """First SIGINT or SIGTERM: stop at the next step with a checkpoint. Second: at once.
+
+        One process alone stops its scoring at once. Several finish the cell, so that all of them stop together.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(number: int, frame: Any) -> None:
-            if self._stop.stop or self._stop.trainer is None:
+            trainer = self._stop.trainer
+            if self._stop.stop or (trainer is None and self.processes.world_size == 1):
                 raise KeyboardInterrupt
             self._stop.stop = True
             where = "stopping, the phase after the merge is done again"  # it has no checkpoints
-            if self._stop.trainer._phase is None:
+            if trainer is None:
+                where = "stopping after this step or score"
+            elif trainer._phase is None:
                 where = "saving a checkpoint at the end of this step"
             self._say(f"\ninterrupted: {where} (once more to stop at once)")
 
         self._stop.stop = False
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in STOPPING}
         try:
             yield
         except KeyboardInterrupt as error:
             raise Interrupted("stopped; the last checkpoint and every learnt task are kept") from error
         finally:
             self._stop.trainer = None
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -791,15 +884,27 @@ def _learn_one_task(sender: Any, threads: int, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _forwarding_sigint(child: Any) -> Iterator[None]:
+def _forwarding_signals(child: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(child.pid, signal.SIGINT))
+
+    def forward(number: int, frame: Any) -> None:
+        os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _without_batches(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    training = recipe.get("training")
+    if not isinstance(training, Mapping):
+        return dict(recipe)
+    return {**recipe, "training": {key: value for key, value in training.items() if key not in BATCHES}}
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:

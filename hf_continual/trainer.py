@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
+from .compilation import CompileReport, CompileWatch, check_compiled, forget_environment, is_compiled, take_off
 from .distributed import Distributed, GradientSeam, GradView, check_launch, is_partitioned, release_engine
 from .errors import InputError
 from .interleaving import InterleavedDataset
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
-from .models import check_four_bits, in_four_bits
+from .models import check_four_bits, in_four_bits, keep_layout
 from .tasks import Task
 
 STATE_FOLDER = "continual"
@@ -65,11 +66,13 @@ class ContinualMixin(_Parent):
     _seam: GradientSeam | None = None
     _phase: TrainingPhase | None = None
     _load_late: Path | None = None
+    _compile_watch: CompileWatch | None = None
 
     def __init__(
         self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        forget_environment(self.args)
         from_args = getattr(self.args, "methods", None)
         if methods is not None and from_args:
             raise InputError("methods are given twice, to the trainer and in args.methods; give them once")
@@ -83,6 +86,8 @@ class ContinualMixin(_Parent):
         self.ctx: MethodContext | None = None
         self.interrupted = False
         """Set it to end a task early without merging: `train()` then returns before `on_task_end`."""
+        self.compile_report: CompileReport | None = None
+        """Graphs and graph breaks of the last training, if it was compiled."""
         self.seeds_per_task = False
         """Whether `args.seed` differs between tasks, as in the queue; else new adapters are drawn from seed + index."""
         self._forward_seen = self._seam_passed = False
@@ -111,13 +116,22 @@ class ContinualMixin(_Parent):
         """
         check_launch(self.args, self.dist)
         if in_four_bits(self.model):
-            check_four_bits(self.model, True, self.dist.backend)
+            keep_layout(self.model)
+            check_four_bits(self.model, True, self.dist.backend, self.args.device)
         self._nonfinite, self._logged, self.interrupted = None, {}, False
         kwargs["ignore_keys_for_eval"] = ignore_keys_for_eval
+        compiled = is_compiled(self.accelerator, self.model)
+        self.compile_report, self._compile_watch = None, None
+        if compiled:
+            take_off(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+            self._compile_watch = CompileWatch()
         if not self.methods:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
             self._check_finite()
+            self._end_compiled()
             return output
+        if compiled:
+            check_compiled(self.model, self.dist.backend, [method.name for method in self.methods])
         if trial is not None:
             self._refuse_search()
         if self.args.n_gpu > 1:
@@ -144,7 +158,7 @@ class ContinualMixin(_Parent):
         if self.optimizer is not None and self.optimizer is self._made_optimizer:
             self.optimizer = None  # the parent would keep the last task's, with its moments and without new parameters
         makes_optimizer = self.optimizer is None
-        if self.args.torch_compile:
+        if compiled:
             torch.compiler.reset()  # code compiled for an earlier task would be reused, without this task's taps
         try:
             before = {id(p) for p in ctx.model.parameters() if p.requires_grad}
@@ -165,6 +179,8 @@ class ContinualMixin(_Parent):
             if self._seam is not None:
                 self._seam.detach()
             self._seam = None
+            if compiled:
+                torch.compiler.reset()  # a phase would run code that has the taps
             self.train_dataset, self.data_collator, self.model_init = original, collator, model_init
             if makes_optimizer:
                 self._made_optimizer = self.optimizer
@@ -175,10 +191,18 @@ class ContinualMixin(_Parent):
                 self._run_phase(ctx, phase)
                 if self.interrupted:
                     break
+        self._end_compiled()
         if not self.interrupted:
             self.methods.on_task_end(ctx)
             self.task = None
         return output
+
+    def _end_compiled(self) -> None:
+        if self._compile_watch is not None:
+            self.compile_report = self._compile_watch.log("of the whole training")
+            entry: Any = {**self.compile_report.as_log(), "step": self.state.global_step}
+            self.state.log_history.append(entry)
+            self._compile_watch = None
 
     def _run_phase(self, ctx: MethodContext, phase: TrainingPhase) -> None:
         """Train on what a method gives, with a new optimizer, then put everything back as it was."""
@@ -238,7 +262,7 @@ class ContinualMixin(_Parent):
             task = Task(name=task or f"task{done}", index=done, train_dataset=self.train_dataset)
         elif task.index < done:
             task = dataclasses.replace(task, index=done)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # Every Trainer seeds the generator with args.seed: each task's new adapter would start from the same weights.
         adapter_seed = None if self.seeds_per_task else self.args.seed + task.index
         lora = LoraView(model, adapter_seed)
@@ -322,6 +346,8 @@ class ContinualMixin(_Parent):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._forward_seen = False
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._compile_watch is not None:
+            self._compile_watch.after_step()
         if getattr(self.args, "stop_on_nonfinite_loss", False):
             bad = ~torch.isfinite(loss)
             self._nonfinite = bad if self._nonfinite is None else self._nonfinite | bad
@@ -340,6 +366,17 @@ class ContinualMixin(_Parent):
         if any(column in inputs for column in self.methods.batch_columns):
             inputs = {key: value for key, value in inputs.items() if key not in self.methods.batch_columns}
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ValueError, ImportError) as error:  # such as a learning rate below 0
+            missing = "bitsandbytes" in str(error)
+            way_out = "run `pip install 'hf-continual[qlora]'`" if missing else "change the training arguments"
+            raise InputError(
+                f"optim={getattr(self.args.optim, 'value', self.args.optim)} with learning_rate="
+                f"{self.args.learning_rate} makes no optimizer ({error}); {way_out}"
+            ) from error
 
     def _on_optimizer_ready(self) -> None:
         if self._seam is None or self.ctx is None:
@@ -387,6 +424,9 @@ class ContinualMixin(_Parent):
         super().log(logs, *args, **kwargs)
 
     def _check_finite(self) -> None:
+        """On all ranks alike: a loss that is not finite on one of them stops them all, at the same step."""
+        if self._nonfinite is not None:
+            self._nonfinite = self.dist.sum_(self._nonfinite.detach().float()) > 0
         if self._nonfinite is not None and bool(self._nonfinite):
             name = self.ctx.task.name if self.ctx is not None else getattr(self.task, "name", self.task)
             of_task = f" of task '{name}'" if name else ""
@@ -445,7 +485,7 @@ class ContinualMixin(_Parent):
         Of several active adapters the parent considers only the first: it would make that one the trainable one, and
         load only that one at the end.
         """
-        target = self.accelerator.unwrap_model(model)
+        target = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         adapters = LoraView(target).adapters
         stored = [path.parent.name for path in checkpoint.glob(f"*/{ADAPTER_WEIGHTS}")]
         if self.dist.sharded or not adapters or max(len(adapters), len(stored)) < 2:
