@@ -1,19 +1,22 @@
-"""The queue under several processes learns, scores and commits what it does in one."""
+"""The queue under several processes learns, scores and commits what it does in one, whatever stops it on the way."""
 
+import functools
 import json
-import multiprocessing
 import os
+import shutil
 import signal
-import socket
-import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from toy_runs import save_model, snapshot
+from backends import backend_options
+from ranks import run_ranks
+from toy_runs import assert_same, save_model, snapshot
 
 from hf_continual import InputError, TaskQueue
-from hf_continual.testing import close, toy_queue_options, toy_stream
+from hf_continual.errors import Interrupted
+from hf_continual.testing import close, tiny_model, toy_queue_options, toy_stream
 
 pytestmark = pytest.mark.distributed
 
@@ -40,27 +43,7 @@ def make_queue(folder, model, name="naive", backend="single", *, batch=2, accumu
     options["model"] = str(model)
     if options["peft_config"] is not None:
         options["peft_config"] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    if backend.startswith("zero"):
-        options["args"]["deepspeed"] = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {
-                "stage": int(backend[-1]),
-                **({"stage3_param_persistence_threshold": 0} if backend == "zero3" else {}),
-            },
-        }
-    elif backend == "fsdp2":
-        options["args"] |= {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "reshard_after_forward": True,
-                "state_dict_type": "FULL_STATE_DICT",
-            },
-        }
+    options["args"] |= backend_options(backend)
     return TaskQueue(folder, tasks=toy_stream(tasks, rows=8, eval_rows=6), methods=METHODS[name], **options)
 
 
@@ -79,68 +62,26 @@ def pretend_accelerators():
     TaskQueue._training_args = replaced
 
 
-def _child(rank, world_size, port, function, folder, args):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    status = 1
+def in_rank(rank, folder, function, *args):
+    """Run `function`; the sentence that it ends with is left in a file, and is a rank's end as it is a command's."""
     try:
-        import deepspeed  # noqa: F401
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for a minute, and not needed
         function(folder, *args)
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        time.sleep(0.3)  # gloo threads die badly while the interpreter exits
-        status = 0
-    except InputError as error:
-        (folder / f"error{rank}").write_text(str(error))
-        status = 2
-    except BaseException:
-        import traceback
-
-        (folder / f"traceback{rank}").write_text(traceback.format_exc())
-    finally:
-        os._exit(status)
+    except (InputError, Interrupted) as error:
+        (folder / f"said{rank}").write_text(str(error))
+        os._exit(2 if isinstance(error, InputError) else 130)
 
 
-@pytest.fixture(scope="module")
-def context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers.trainer", "peft", "accelerate", "deepspeed", "hf_continual.task_queue",
-         "hf_continual.testing"]
-    )  # fmt: skip
-    return context
-
-
-@pytest.fixture(scope="module")
-def launch(context):
-    def launch(function, folder, *args, world_size=2, timeout=120):
-        folder.mkdir(exist_ok=True)
-        for left in [*folder.glob("error*"), *folder.glob("traceback*")]:
-            left.unlink()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = [(rank, world_size, port, function, folder, args) for rank in range(world_size)]
-        children = [context.Process(target=_child, args=one) for one in given]
-        for child in children:
-            child.start()
-        deadline = time.monotonic() + timeout
-        for child in children:
-            child.join(max(0, deadline - time.monotonic()))
-        codes = [child.exitcode for child in children]
-        for child in children:
-            if child.is_alive():
-                child.kill()
-                child.join()
-        said = "\n".join(p.read_text() for p in [*folder.glob("traceback*"), *folder.glob("error*")])
-        return codes, said
-
-    return launch
+def launch(function, folder, *args, world_size=2, timeout=60):
+    """Exit codes, and what each rank said."""
+    folder.mkdir(exist_ok=True)
+    for left in [*folder.glob("said*"), *folder.glob("rank*.error")]:
+        left.unlink()
+    codes = run_ranks(in_rank, world_size, folder, folder, function, *args, timeout=timeout, check=False)
+    said = {}
+    for rank in range(world_size):
+        files = [path for path in (folder / f"said{rank}", folder / f"rank{rank}.error") if path.exists()]
+        said[rank] = files[0].read_text() if files else ""
+    return codes, said
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +141,7 @@ CASES = [("ddp", name) for name in METHODS] + [
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
-def test_queue_equals_one_process(backend, name, launch, model, alone, tmp_path):
+def test_queue_equals_one_process(backend, name, model, alone, tmp_path):
     codes, said = launch(learn, tmp_path, model, name, backend)
     assert codes == [0, 0], said
     assert_close(tmp_path / "run", alone(name), 1e-4 if backend == "zero3" else 1e-5)
@@ -233,7 +174,7 @@ def learn_and_lose(folder, model, backend, rank):
 
 
 @pytest.mark.parametrize(("backend", "rank"), [("ddp", 1), ("ddp", 0), ("zero2", 1), ("zero3", 1), ("fsdp2", 1)])
-def test_a_rank_that_dies(backend, rank, launch, model, tmp_path):
+def test_a_rank_that_dies(backend, rank, model, tmp_path):
     """The other stops with a sentence; then the run goes on from its checkpoint, as if nothing had been."""
     reference = tmp_path / "whole"
     codes, said = launch(learn, reference, model, "migu", backend, {"save_steps": 2})
@@ -242,7 +183,7 @@ def test_a_rank_that_dies(backend, rank, launch, model, tmp_path):
     codes, said = launch(learn_and_lose, tmp_path, model, backend, rank)
     assert time.monotonic() - began < 60
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2, said
-    assert "another process of this run ended" in said and "every learnt task is kept" in said
+    assert "another process of this run ended" in said[1 - rank] and "every learnt task is kept" in said[1 - rank]
     assert (tmp_path / "run" / "work" / "01-toy1" / "checkpoint-2" / "sizes.json").exists()
     assert json.loads((tmp_path / "run" / "queue.json").read_text())["cursor"] == 1
 
@@ -262,3 +203,263 @@ def refuse_alone(run):
     stream = toy_stream(2, rows=8, eval_rows=6)
     queue = TaskQueue(run, tasks=stream, **toy_queue_options())
     queue._checkpoint_of(stream[1], "single")
+
+
+# -- one process a task ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero2"])
+def test_processes_of_its_own_for_each_task_change_nothing(backend, model, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    codes, said = launch(learn, whole, model, "migu", backend)
+    assert codes == [0, 0], said
+    for learnt, run in enumerate(({"isolate_tasks": True}, {"one_task": True}), 1):  # under a launcher the same
+        codes, said = launch(learn, parts, model, "migu", backend, None, run)
+        assert codes == [0, 0], said
+        assert json.loads((parts / "run" / "queue.json").read_text())["cursor"] == learnt
+    assert_same(parts / "run", whole / "run")
+
+
+def test_a_process_for_each_task_takes_a_model_in_memory(tmp_path):
+    options = toy_queue_options() | {"model": tiny_model()}
+    stream = toy_stream(2, rows=8, eval_rows=6)
+    whole = TaskQueue(tmp_path / "whole", tasks=stream, methods=["migu"], **options).run()
+    parts = TaskQueue(tmp_path / "parts", tasks=stream, methods=["migu"], **options).run(isolate_tasks=True)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    np.testing.assert_array_equal(parts.R, whole.R)
+
+
+def test_a_model_that_cannot_be_sent_to_a_process(tmp_path):
+    options = toy_queue_options()  # its model is a lambda
+    queue = TaskQueue(tmp_path / "run", tasks=toy_stream(2, rows=8, eval_rows=6), **options)
+    with pytest.raises(
+        InputError, match="isolate_tasks: the queue cannot be sent to another process .* give the model"
+    ):
+        queue.run(isolate_tasks=True)
+    assert not (tmp_path / "run" / "tasks").exists()
+
+
+# -- another number of processes ---------------------------------------------------------------------------------------
+
+
+def learn_one(folder, model, options):
+    make_queue(folder / "run", model, "migu", **options).run(one_task=True)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, model):
+    """A run of two processes whose first task is learnt: 2 x 2 rows a step."""
+    folder = tmp_path_factory.mktemp("half")
+    codes, said = launch(learn_one, folder, model, {"accumulation": 1})
+    assert codes == [0, 0], said
+    return folder / "run"
+
+
+def test_fewer_processes_go_on_between_tasks_with_the_same_rows_a_step(half, model, alone, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    make_queue(run, model, "migu", batch=2, accumulation=2).run()
+    ours, reference = snapshot(run), alone("migu")
+    assert ours.keys() == reference.keys()
+    tensors = [name for name, value in reference.items() if isinstance(value, dict)]
+    assert any("01-toy1" in name for name in tensors)
+    assert all(close(reference[name], ours[name], 1e-5) for name in tensors)
+
+
+def test_more_processes_go_on_between_tasks_with_the_same_rows_a_step(model, alone, tmp_path):
+    make_queue(tmp_path / "run", model, "migu", batch=2, accumulation=2).run(one_task=True)
+    codes, said = launch(learn, tmp_path, model, "migu", "ddp")
+    assert codes == [0, 0], said
+    assert_close(tmp_path / "run", alone("migu"), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("migu", {"accumulation": 1}, r"2 process\(es\) .* 1 process\(es\), which makes the 4 rows of an optimizer step"
+         r" 2 in task 'toy1'; set training.per_device_train_batch_size=2 .* go on with 2 process\(es\)$"),
+        ("migu", {"lr_scheduler_type": "constant"}, "belongs to another recipe: training.lr_scheduler_type"),
+        ("naive", {}, "belongs to another recipe: methods"),
+    ],
+)  # fmt: skip
+def test_other_processes_that_would_train_on_other_rows(name, options, sentence, half, model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    with pytest.raises(InputError, match=sentence):
+        make_queue(run, model, name, **options).run()
+    assert json.loads((run / "queue.json").read_text())["cursor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("methods", "rows", "training", "why"),
+    [
+        (["inclora", {"name": "replay", "count": 4}], 8, {}, "method 'replay' spreads its stored rows"),
+        (["kif"], 8, {}, "method 'kif' spreads its stored rows"),
+        (["migu"], 10, {}, "the 10 rows of task 'toy0' are no multiple of 4 and 2"),
+        (["migu"], 8, {"train_sampling_strategy": "group_by_length"}, "'group_by_length' groups the rows"),
+        (["migu"], 8, {"accelerator_config": {"split_batches": True}}, "splits batches between the processes"),
+    ],
+)
+def test_other_processes_with_rows_that_do_not_divide_alike(methods, rows, training, why, tmp_path):
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **training}
+    options = toy_queue_options(**given)
+    queue = TaskQueue(tmp_path / "run", tasks=toy_stream(2, rows=rows, eval_rows=6), methods=methods, **options)
+    step = {"processes": 2, "batch": 2, "accumulation": 1}
+    with pytest.raises(InputError, match=rf"2 process\(es\) and would go on with 1 process\(es\), where .*{why}"):
+        queue._check_other_processes({"tasks": [{"step": step}] * 2, "world_size": 2})
+    queue._check_other_processes({"tasks": [{"step": {**step, "processes": 1}}] * 2, "world_size": 2})
+
+
+# -- one rank alone is in trouble --------------------------------------------------------------------------------------
+
+
+def _on_rank(rank, owner, name, error, when=lambda *args: True):
+    if int(os.environ["RANK"]) != rank:
+        return
+    original = getattr(owner, name)
+
+    @functools.wraps(original)  # the Trainer reads its signature
+    def failing(*args, **kwargs):
+        if when(*args):
+            raise error
+        return original(*args, **kwargs)
+
+    setattr(owner, name, failing)
+
+
+def full_disk_in_a_commit():
+    from hf_continual.run_model import RunModel
+
+    _on_rank(0, RunModel, "save", OSError(28, "No space left on device"))
+
+
+def full_disk_in_a_checkpoint():
+    from transformers import Trainer
+
+    _on_rank(0, Trainer, "_save_optimizer_and_scheduler", OSError(28, "No space left on device"))
+
+
+def evaluation_fails_on_one():
+    from transformers import LlamaForCausalLM
+
+    _on_rank(1, LlamaForCausalLM, "forward", RuntimeError("out of memory"), lambda self, *a: not self.training)
+
+
+def scorer_fails_on_one():
+    from hf_continual import task_queue
+
+    original = task_queue.evaluate_task
+
+    def failing(*args, **kwargs):
+        original(*args, **kwargs)  # both ranks answer
+        if os.environ["RANK"] == "0":
+            raise ZeroDivisionError("a scorer")
+
+    task_queue.evaluate_task = failing
+
+
+def nan_on_one():
+    from transformers import LlamaForCausalLM
+
+    if os.environ["RANK"] == "1":
+        original = LlamaForCausalLM.forward
+
+        @functools.wraps(original)
+        def forward(self, *args, **kwargs):
+            outputs = original(self, *args, **kwargs)
+            if self.training:
+                outputs.loss = outputs.loss.detach() * float("nan") + outputs.loss * 0
+            return outputs
+
+        LlamaForCausalLM.forward = forward
+
+
+def learn_in_trouble(folder, model, trouble, options):
+    trouble()
+    make_queue(folder / "run", model, "naive", accumulation=1, **options).run()
+
+
+LOST_ONE = "another process of this run ended (rank {} of 2 lost it)"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "options", "codes", "sentences"),
+    [
+        (full_disk_in_a_commit, {}, [2, 2], ["the disk is full"] * 2),
+        (full_disk_in_a_checkpoint, {}, [2, 2], ["the disk is full", LOST_ONE.format(1)]),
+        (evaluation_fails_on_one, {}, [2, 1], [LOST_ONE.format(0), "RuntimeError: out of memory"]),
+        (scorer_fails_on_one, {}, [1, 2], ["ZeroDivisionError: a scorer", LOST_ONE.format(1)]),
+        (nan_on_one, {"logging_steps": 1}, [2, 2], ["the loss of task 'toy0' became NaN or infinite by step 1"] * 2),
+        (nan_on_one, {"logging_steps": 100, "save_steps": 100}, [2, 2], ["became NaN or infinite by step 4"] * 2),
+    ],
+)
+def test_trouble_of_one_rank_ends_all(trouble, options, codes, sentences, model, tmp_path):
+    began = time.monotonic()
+    ended, said = launch(learn_in_trouble, tmp_path, model, trouble, options)
+    assert time.monotonic() - began < 60
+    assert ended == codes, said
+    for rank, sentence in enumerate(sentences):
+        assert sentence in said[rank]
+
+
+def test_a_run_directory_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    codes, said = launch(learn, tmp_path, model, "naive", "ddp")
+    assert codes == [2, 2] and said[0] == said[1]
+    assert "no folder can be made or written there" in said[0]
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def learn_signalled(folder, model, backend, number, ranks):
+    """A signal to some ranks in the third step of the second task."""
+    from hf_continual.trainer import ContinualMixin
+
+    original = ContinualMixin.training_step
+
+    def replaced(self, *args, **kwargs):
+        if self.task.index == 1 and self.state.global_step == 2 and int(os.environ["RANK"]) in ranks:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    ContinualMixin.training_step = replaced
+    learn(folder, model, "migu", backend, {"save_steps": 100})
+
+
+@pytest.mark.parametrize(
+    ("backend", "number", "ranks"),
+    [("ddp", signal.SIGINT, (0, 1)), ("ddp", signal.SIGTERM, (1,)), ("zero2", signal.SIGTERM, (0, 1))],
+)
+def test_a_signal_stops_all_ranks_at_one_step(backend, number, ranks, model, tmp_path):
+    whole = tmp_path / "whole"
+    codes, said = launch(learn, whole, model, "migu", backend, {"save_steps": 100})
+    assert codes == [0, 0], said
+    codes, said = launch(learn_signalled, tmp_path, model, backend, number, ranks)
+    assert codes == [130, 130], said
+    assert said[0] == said[1] == "stopped in task 'toy1' at step 3"
+    checkpoints = list((tmp_path / "run" / "work" / "01-toy1").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-3"]
+    codes, said = launch(learn, tmp_path, model, "migu", backend, {"save_steps": 100})
+    assert codes == [0, 0], said
+    assert_same(tmp_path / "run", whole / "run")
+
+
+def signalled_in_an_evaluation(folder, model):
+    from hf_continual.run_state import RunDirectory
+
+    original = RunDirectory.write_cell
+
+    def replaced(self, after, task, cell):
+        original(self, after, task, cell)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    RunDirectory.write_cell = replaced
+    make_queue(folder / "run", model, accumulation=1).run()
+
+
+def test_a_signal_in_an_evaluation(model, tmp_path):
+    codes, said = launch(signalled_in_an_evaluation, tmp_path, model)
+    assert codes == [130, 130], said
+    assert said[0] == said[1] == "stopped while scoring after toy0"
+    assert (tmp_path / "run" / "tasks" / "00-toy0" / "predictions" / "toy0.json").exists()
