@@ -25,7 +25,7 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("single",)
+BACKENDS = ("single", "ddp", "zero1", "zero2")
 """Where a test has shown that compiled training computes the same with methods."""
 FIRST_STEPS = 4
 """After so many micro-batches the breaks are first logged; stored rows have come between new ones by then."""
@@ -50,8 +50,8 @@ def check_compiled(model: Any, backend: str, methods: list[str]) -> None:
         )
     if backend not in BACKENDS:
         raise InputError(
-            f"torch_compile=True with method '{methods[0]}' is tested in one process, and this run is {backend}; "
-            "leave torch_compile out, or start one process"
+            f"torch_compile=True with method '{methods[0]}' is tested on {', '.join(BACKENDS)} and this run is "
+            f"{backend}; leave torch_compile out, or use one of these"
         )
 
 

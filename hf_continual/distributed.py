@@ -784,6 +784,22 @@ class GradientSeam:
         self.grads._stepped = False
         self.grads._applied.clear()
         self._hook(self.grads)
+        if self._engine_step is not None:
+            self._renew_norms(self._engine_step[0].optimizer)
+
+    def _renew_norms(self, optimizer: Any) -> None:
+        """ZeRO-1 and -2 with `offload_optimizer` clip with norms taken during backward, before the edits above."""
+        if not getattr(optimizer, "cpu_offload", False) or self.distributed.backend == "zero3":
+            return
+        parts = {}
+        for shard in self.grads._shards.values():
+            grad = shard.grad() if shard.numel else None
+            if grad is not None:
+                parts[optimizer.get_param_id(shard.parameter)] = grad
+        norms = optimizer.norm_for_param_grads
+        norms.update(
+            (k, norm) for k, norm in zip(parts, torch._foreach_norm([*parts.values()]), strict=True) if k in norms
+        )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self.grads._frozen_rows:

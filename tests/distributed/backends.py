@@ -44,11 +44,12 @@ def backend_options(backend):
 
 
 def make_args(backend, folder, **options):
+    defaults = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "ddp_find_unused_parameters": False}
     args = ContinualTrainingArguments(
         output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
-        dataloader_pin_memory=False, train_sampling_strategy="sequential", max_grad_norm=0.5, optim="adamw_torch",
-        **{"adam_epsilon": 1e-3, "ddp_find_unused_parameters": False, **backend_options(backend), **options},
+        dataloader_pin_memory=False, train_sampling_strategy="sequential", optim="adamw_torch",
+        **{**defaults, **backend_options(backend), **options},
     )  # fmt: skip
     if backend == "fsdp2" and use_cpu():
         from accelerate.state import PartialState

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import learn, learn_and_save, learn_in_fp16
+from backends import backend_options, learn, learn_and_save, learn_in_fp16
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -160,6 +160,26 @@ def test_bf16_masks_agree_between_ranks(backend, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     share = first["migu.updates_"].mean() / first["migu.updates_"].max()
     assert 0.2 < float(share) < 0.9
+
+
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_offloaded_optimizer_clips_what_the_methods_left(backend, tmp_path):
+    """DeepSpeed takes the norms during backward there, before the masks; unmasked norms would move weights by 7 %."""
+    config = backend_options(backend)["deepspeed"]
+    config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
+    config["zero_force_ds_cpu_optimizer"] = False  # its AdamW would be compiled for a minute
+    run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, [MIGU], False, 1, 2, {"deepspeed": config})
+    ranks = load_file(str(tmp_path / "0.safetensors"))
+    assert close(alone("migu", False, 1, 2, tmp_path), ranks, 4e-5 if backend == "zero3" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "stream", "lora"), [("ddp", "migu", True), ("ddp", "kif", True), ("zero2", "migu", False)]
+)
+def test_compiled_equals_one_process_that_is_not(backend, stream, lora, tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, STREAMS[stream][0], lora, 1, 2, compiled)
+    assert close(alone(stream, lora, 1, 2, tmp_path), load_file(str(tmp_path / "0.safetensors")), 1e-5)
 
 
 OLORA = {"name": "olora", "lambda_1": 0.5, "lambda_2": 0.1}
