@@ -643,6 +643,8 @@ class TaskQueue:
             methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
         seq2seq = is_seq2seq(model)
         args = self._training_args(task, seq2seq)
+        if self.processes.world_size > 1 and args.save_total_limit == 1:
+            args.save_total_limit = 2  # the Trainer removes the last one before the ranks have noted the new one whole
         trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
         if not issubclass(trainer_class, ContinualMixin):
             raise InputError(
