@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -980,12 +981,24 @@ def _processes_of_launcher() -> int | None:
         return None
     if not any("accelerate" in word for word in words[:3]) or "launch" not in " ".join(words[:4]):
         return None
-    for i, word in enumerate(words[:-1]):
+    return _processes_asked_for(words)
+
+
+def _processes_asked_for(words: Sequence[str]) -> int | None:
+    """`num_processes` on a command line of `accelerate launch`, or in the configuration it reads."""
+    given: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes"):
-            value = value or words[i + 1]
-            return int(value) if value.isdigit() else None
-    return None
+        given.setdefault(name.replace("-", "_"), value or following)
+    asked: Any = given.get("__num_processes")
+    if asked is None:
+        from accelerate.commands.config.config_args import default_config_file
+
+        file = Path(given.get("__config_file", default_config_file))
+        if not file.is_file():
+            return None
+        asked = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("num_processes")
+    return int(asked) if str(asked).isdigit() else None
 
 
 def check_engine(engine: Any) -> None:

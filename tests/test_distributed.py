@@ -167,3 +167,18 @@ def test_no_other_file_imports_what_runs_the_processes():
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
                 assert not name.startswith(("deepspeed", "torch.distributed")), f"{path.name} imports {name}"
+
+
+def test_how_many_processes_a_launcher_was_asked_for(tmp_path, monkeypatch):
+    from accelerate.commands.config import config_args
+
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default.yaml"))
+    launch = ["python", "/bin/accelerate", "launch"]
+    config = tmp_path / "two.yaml"
+    config.write_text("num_processes: 2\ndistributed_type: MULTI_CPU\n")
+    assert distributed._processes_asked_for([*launch, "--num_processes", "3", "train.py"]) == 3
+    assert distributed._processes_asked_for([*launch, "--num-processes=4", "train.py"]) == 4
+    assert distributed._processes_asked_for([*launch, "--config_file", str(config), "train.py"]) == 2
+    assert distributed._processes_asked_for([*launch, "train.py"]) is None
+    (tmp_path / "default.yaml").write_text("num_processes: 5\n")
+    assert distributed._processes_asked_for([*launch, "train.py"]) == 5

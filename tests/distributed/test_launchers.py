@@ -129,7 +129,7 @@ def by_the_second_rank(folder):
 
 def assert_clean(done, said):
     assert not any(noise in done.stderr for noise in NOISE), done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank ")) == said
+    assert all(done.stdout.count(words) == 1 for words in said), done.stdout  # two ranks may write on one line
 
 
 @pytest.mark.parametrize("launcher", [torchrun(), accelerate_launch("ddp")], ids=["torchrun", "accelerate"])
@@ -191,7 +191,7 @@ BAD = {  # name: (training, other sections, variables of a launcher, what the se
         "learning_rate=-1 makes no optimizer",
     ),
     "an optimizer that is not installed": (
-        {"optim": "adamw_bnb_8bit"}, {}, {}, "pip install 'hf-continual[qlora]'",
+        {"optim": "galore_adamw", "optim_target_modules": "all-linear"}, {}, {}, "optim=galore_adamw",
     ),
     "ranks that do not see each other": (
         {"use_cpu": False}, {}, {}, "WORLD_SIZE=2 processes were started and each of them trains alone",

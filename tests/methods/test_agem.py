@@ -5,7 +5,7 @@ import datasets
 import pytest
 import torch
 from contract import MethodContract
-from test_ewc import KeepWeights, check_two_processes_equal_one, logged, row_batch
+from test_ewc import KeepWeights, logged, row_batch
 
 from hf_continual.distributed import Distributed, GradView
 from hf_continual.errors import InputError
@@ -200,8 +200,3 @@ def test_refuses_reentrant_checkpointing(tmp_path):
 def test_refuses_options_that_cannot_be(options):
     with pytest.raises(InputError, match=next(iter(options))):
         AGEM(**options)
-
-
-@pytest.mark.distributed
-def test_two_processes_equal_one(tmp_path):
-    check_two_processes_equal_one({"name": "agem", "count": 6, "memory_batch_size": 5}, True, tmp_path)

@@ -1,13 +1,8 @@
 import copy
-import multiprocessing
-import os
-import socket
-import time
 
 import pytest
 import torch
 from contract import MethodContract
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -216,78 +211,3 @@ def test_penalty_holds_the_weights_back(tmp_path):
 def test_refuses_options_that_cannot_be(options):
     with pytest.raises(InputError, match=next(iter(options))):
         EWC(**options)
-
-
-# -- two processes -----------------------------------------------------------------------------------------------------
-
-
-def learn(spec, lora, folder, accumulation):
-    """Two tasks of a method; returns its weights and its tensors. Also for the tests of other methods."""
-    torch.set_num_threads(1)
-    methods, model = MethodList([spec]), tiny_model(lora=lora)
-    for index in range(3):
-        train_task(
-            model,
-            toy_rows(seed=index),
-            methods,
-            folder / str(index),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            train_sampling_strategy="sequential",
-            max_grad_norm=0.5,
-            adam_epsilon=1e-3,
-            ddp_find_unused_parameters=False,
-        )
-    state = {
-        f"{a}.{k}": t
-        for a, v in vars(methods[0]).items()
-        if a.endswith("_") and isinstance(v, dict)
-        for k, t in v.items()
-        if torch.is_tensor(t)
-    }
-    return {**weights(model), **state}
-
-
-def work(rank, port, spec, lora, folder, accumulation):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        HF_HUB_OFFLINE="1",
-    )
-    status = 1
-    try:
-        tensors = learn(spec, lora, folder / f"rank{rank}", accumulation)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / f"rank{rank}.safetensors"))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        time.sleep(0.3)  # gloo threads die badly while the interpreter exits
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def check_two_processes_equal_one(spec, lora, folder, accumulation=1):
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [(rank, port, spec, lora, folder, accumulation) for rank in range(2)]
-    children = [context.Process(target=work, args=one) for one in arguments]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=120)
-    assert [child.exitcode for child in children] == [0, 0]
-    first, second = (load_file(str(folder / f"rank{rank}.safetensors")) for rank in range(2))
-    assert all(torch.equal(first[k], second[k]) for k in first), "the ranks hold different weights or state"
-    assert close(learn(spec, lora, folder / "one", 2 * accumulation), first, 1e-5)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("fisher", ["per_sample", "trace"])
-def test_two_processes_equal_one(fisher, tmp_path):
-    check_two_processes_equal_one({"name": "ewc", "fisher": fisher, "ewc_lambda": 50.0}, True, tmp_path, 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract import MethodContract
 from test_agem import Watch, answers_of_another_kind, gradient_naively
-from test_ewc import KeepWeights, check_two_processes_equal_one, logged
+from test_ewc import KeepWeights, logged
 
 from hf_continual.errors import InputError
 from hf_continual.methods.gem import GEM, project, solve_qp
@@ -144,11 +144,6 @@ def test_steps_of_a_run_are_projected(kind, lora, size, options, tmp_path):
 def test_refuses_options_that_cannot_be(options):
     with pytest.raises(InputError, match=next(iter(options))):
         GEM(**options)
-
-
-@pytest.mark.distributed
-def test_two_processes_equal_one(tmp_path):
-    check_two_processes_equal_one({"name": "gem", "count": 5}, True, tmp_path)
 
 
 def test_reentrant_checkpointing_is_refused_before_the_first_task(tmp_path):

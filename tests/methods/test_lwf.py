@@ -5,7 +5,7 @@ import datasets
 import pytest
 import torch
 from contract import MethodContract
-from test_ewc import KeepWeights, check_two_processes_equal_one, logged
+from test_ewc import KeepWeights, logged
 from transformers import TrainerCallback
 
 from hf_continual.errors import InputError
@@ -171,8 +171,3 @@ def test_refuses_predictions_without_classes(tmp_path):
     train_task(model, rows, [method], tmp_path / "0", kind="bert")
     with pytest.raises(InputError, match="one of several classes"):
         train_task(model, rows, [method], tmp_path / "1", kind="bert")
-
-
-@pytest.mark.distributed
-def test_two_processes_equal_one(tmp_path):
-    check_two_processes_equal_one({"name": "lwf"}, True, tmp_path, 2)

@@ -13,6 +13,7 @@ from hf_continual.methods.base import make_method
 from hf_continual.methods.migu import MIGU, MIGUConfig, keep_mask, magnitude_of
 from hf_continual.testing import (
     LORA_TARGETS,
+    MODELS,
     check_method,
     close,
     equal,
@@ -27,6 +28,7 @@ from hf_continual.trainer import ContinualTrainer
 
 class TestMIGU(MethodContract):
     method = {"name": "migu", "threshold": 0.5}
+    kinds = MODELS
 
 
 EVERY_OPTION = {
