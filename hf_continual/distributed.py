@@ -797,6 +797,8 @@ class GradientSeam:
             grad = shard.grad() if shard.numel else None
             if grad is not None:
                 parts[optimizer.get_param_id(shard.parameter)] = grad
+        if not parts:  # all weights are other ranks'
+            return
         norms = optimizer.norm_for_param_grads
         norms.update(
             (k, norm) for k, norm in zip(parts, torch._foreach_norm([*parts.values()]), strict=True) if k in norms
