@@ -62,7 +62,7 @@ from hf_continual.errors import InputError
 from hf_continual.methods.base import MethodList, method_class
 from hf_continual.models import fix_loss_scaling
 from hf_continual.provenance import versions
-from hf_continual.testing import tiny_model
+from hf_continual.testing import backend_options, tiny_model
 from hf_continual.trainer import ContinualTrainer
 from hf_continual.training_args import ContinualTrainingArguments
 
@@ -191,34 +191,6 @@ class Turns(TrainerCallback):
         self._start = time.perf_counter(), time.process_time()
 
 
-def backend_options(backend: str) -> dict[str, Any]:
-    """Training arguments that ask for a backend."""
-    if backend.startswith("zero"):
-        zero: dict[str, Any] = {"stage": int(backend[-1])}
-        if zero["stage"] == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # weights this small would never be split
-        return {
-            "deepspeed": {
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "gradient_clipping": "auto",
-                "zero_optimization": zero,
-            }
-        }
-    if backend == "fsdp2":
-        return {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "reshard_after_forward": True,
-                "state_dict_type": "FULL_STATE_DICT",
-            },
-        }
-    return {"ddp_find_unused_parameters": False}
-
-
 def make_model(name: str, job: dict[str, Any]) -> Any:
     """Random weights, the same in every process; LoRA unless the method's name ends in `_full`."""
     lora = not name.endswith("_full")
@@ -267,7 +239,7 @@ def train(name: str, backend: str, job: dict[str, Any], folder: Path, turns: Tur
             max_steps=PERIOD * periods if measured else 1, lr_scheduler_type="constant", optim="adamw_torch",
             gradient_accumulation_steps=job["accumulation"], train_sampling_strategy="sequential", save_strategy="no",
             logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-            **backend_options(backend),
+            **{"ddp_find_unused_parameters": False, **backend_options(backend)},
         )  # fmt: skip
         if backend == "fsdp2":
             from accelerate.state import PartialState

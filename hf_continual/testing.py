@@ -239,6 +239,35 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def backend_options(backend: str) -> dict[str, Any]:
+    """Training arguments that ask for one of `hf_continual.distributed.BACKENDS`, for models as small as these."""
+    if backend.startswith("zero"):
+        zero: dict[str, Any] = {"stage": int(backend[-1])}
+        if zero["stage"] == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # weights this small would never be split
+        return {
+            "deepspeed": {
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_optimization": zero,
+                "bf16": {"enabled": "auto"},
+            }
+        }
+    if backend == "fsdp2":
+        return {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "reshard_after_forward": True,
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        }
+    return {}
+
+
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float) -> bool:
     """Every tensor within `tolerance`, relative to its largest entry."""
     return a.keys() == b.keys() and all(
@@ -490,6 +519,7 @@ def check_method(
 __all__ = [
     "MODELS",
     "CheckResult",
+    "backend_options",
     "check_method",
     "close",
     "equal",

@@ -9,38 +9,9 @@ from safetensors.torch import save_file
 from hf_continual.distributed import assign_, full, release_engine
 from hf_continual.lora import LoraView
 from hf_continual.methods.base import MethodList
-from hf_continual.testing import tiny_model, toy_rows
+from hf_continual.testing import backend_options, tiny_model, toy_rows
 from hf_continual.trainer import ContinualTrainer
 from hf_continual.training_args import ContinualTrainingArguments
-
-
-def backend_options(backend):
-    """Training arguments that ask for a backend."""
-    if backend.startswith("zero"):
-        zero = {"stage": int(backend[-1])}
-        if zero["stage"] == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # tiny weights would never be split
-        return {
-            "deepspeed": {
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "gradient_clipping": "auto",
-                "zero_optimization": zero,
-                "bf16": {"enabled": "auto"},
-            }
-        }
-    if backend == "fsdp2":
-        return {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "reshard_after_forward": True,
-                "state_dict_type": "FULL_STATE_DICT",
-            },
-        }
-    return {}
 
 
 def make_args(backend, folder, **options):

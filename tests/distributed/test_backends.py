@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import backend_options, learn, learn_and_save, learn_in_fp16
+from backends import learn, learn_and_save, learn_in_fp16
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hf_continual.distributed import BACKENDS, check_backend
 from hf_continual.errors import InputError
 from hf_continual.methods.base import method_class, method_names
-from hf_continual.testing import close
+from hf_continual.testing import backend_options, close
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 LEVEL = os.environ.get("HF_CONTINUAL_DISTRIBUTED", "")
@@ -174,7 +174,8 @@ def test_offloaded_optimizer_clips_what_the_methods_left(backend, accumulation, 
 
 
 @pytest.mark.parametrize(
-    ("backend", "stream", "lora"), [("ddp", "migu", True), ("ddp", "kif", True), ("zero2", "migu", False)]
+    ("backend", "stream", "lora"),
+    [("ddp", "migu", True), ("ddp", "kif", True), ("zero1", "kif", True), ("zero2", "migu", False)],
 )
 def test_compiled_equals_one_process_that_is_not(backend, stream, lora, tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}

@@ -10,14 +10,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from backends import backend_options
 from ranks import run_ranks
 from toy_runs import assert_same, save_model, snapshot
 
 from hf_continual import InputError, TaskQueue
 from hf_continual.checkpoints import usable_checkpoint
 from hf_continual.errors import Interrupted
-from hf_continual.testing import close, tiny_model, toy_queue_options, toy_stream
+from hf_continual.testing import backend_options, close, tiny_model, toy_queue_options, toy_stream
 
 pytestmark = pytest.mark.distributed
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import backend_options
 from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_continual.task_queue import TaskQueue
-from hf_continual.testing import hook_count, toy_queue_options, toy_stream, toy_tokenizer
+from hf_continual.testing import backend_options, hook_count, toy_queue_options, toy_stream, toy_tokenizer
 from hf_continual.trainer import ContinualTrainer
 
 pytestmark = pytest.mark.distributed
