@@ -652,9 +652,15 @@ class GradView:
         return {name: value.detach() for name, value in values.items()}
 
     def set_(self, name: str, gradient: Tensor) -> None:
-        """Replace a gradient, given whole and without the fp16 loss scale."""
+        """Replace a gradient, given whole and without the fp16 loss scale.
+
+        Raises:
+            RuntimeError: under DeepSpeed, if the step has no gradient of this name, whose place it would take.
+        """
         shard = self._shards[name]
         if shard.numel:
+            if self.distributed.engine is not None and shard.grad() is None:
+                raise RuntimeError(f"'{name}' has no gradient in this step, and DeepSpeed takes no other in its place")
             shard.set_grad(shard.cut(gradient * self.distributed.grad_scale()))
 
     def with_gradient(self) -> list[nn.Parameter]:
@@ -973,6 +979,28 @@ def check_launch(args: Any, distributed: Distributed) -> None:
             "DeepSpeed is still on from an earlier Trainer of this process, through the environment variable "
             f"{_DEEPSPEED_SWITCH}; call hf_continual.distributed.release_engine(trainer) on that one when it is done"
         )
+
+
+def check_tied(model: Any, backend: str) -> None:
+    """Refuse weights that FSDP2 finds twice: accelerate (1.15) keeps the input and output embedding together alone.
+
+    Raises:
+        InputError: naming the weight and the modules that share it, such as those of T5's `shared`.
+    """
+    if backend != "fsdp2":
+        return
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append(f"{name}.{own}")
+    ends = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    together = {id(p) for end in ends if end is not None for p in end.parameters()}
+    for key, names in owners.items():
+        if len(names) > (2 if key in together else 1):
+            raise InputError(
+                f"backend 'fsdp2': {' and '.join(names)} are one weight, which FSDP2 cannot put into one group; run "
+                "this model on ddp, zero1, zero2 or zero3"
+            )
 
 
 def _processes_of_launcher() -> int | None:

@@ -95,7 +95,9 @@ class OLoRA(ContinualMethod[OLoRAConfig]):
     def weight_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         lambda_1, lambda_2 = self._weight("lambda_1", ctx.task.index), self._weight("lambda_2", ctx.task.index)
         if (lambda_1 and self._groups) or lambda_2:
-            losses = grads.add_loss(self._learning, lambda weights: self._penalties(ctx.task.index, weights))
+            # Without the norm no B is in the loss, and none has to be collected from the ranks.
+            names = self._learning if lambda_2 else [name for _, names in self._groups for name in names]
+            losses = grads.add_loss(names, lambda weights: self._penalties(ctx.task.index, weights))
             for name, value in losses.items():
                 ctx.log(name, value)
 

@@ -4,23 +4,42 @@ import os
 import sys
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from hf_continual.distributed import assign_, full, release_engine
 from hf_continual.lora import LoraView
 from hf_continual.methods.base import MethodList
-from hf_continual.testing import backend_options, tiny_model, toy_rows
-from hf_continual.trainer import ContinualTrainer
-from hf_continual.training_args import ContinualTrainingArguments
+from hf_continual.testing import VOCABULARY, backend_options, tiny_model, toy_rows
+from hf_continual.trainer import ContinualSeq2SeqTrainer, ContinualTrainer
+from hf_continual.training_args import ContinualSeq2SeqTrainingArguments, ContinualTrainingArguments
+
+BLOCKS = {"llama": "LlamaDecoderLayer", "t5": "T5Block", "bert": "BertLayer", "gpt2": "GPT2Block"}
 
 
-def make_args(backend, folder, **options):
+def make_model(kind, lora):
+    """As `tiny_model`; also GPT-2, whose layers hold their weights transposed and whose embeddings are tied."""
+    if kind != "gpt2":
+        return tiny_model(kind, lora=lora)
+    set_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, "vocab_size": VOCABULARY}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    return get_peft_model(model, config) if lora else model
+
+
+def make_args(backend, folder, kind="llama", **options):
     defaults = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "ddp_find_unused_parameters": False}
-    args = ContinualTrainingArguments(
+    known = backend_options(backend)
+    if backend == "fsdp2":
+        known["fsdp_config"]["transformer_layer_cls_to_wrap"] = [BLOCKS[kind]]
+    args_class = ContinualSeq2SeqTrainingArguments if kind == "t5" else ContinualTrainingArguments
+    args = args_class(
         output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
         dataloader_pin_memory=False, train_sampling_strategy="sequential", optim="adamw_torch",
-        **{**defaults, **backend_options(backend), **options},
+        **{**defaults, **known, **options},
     )  # fmt: skip
     if backend == "fsdp2" and use_cpu():
         from accelerate.state import PartialState
@@ -47,22 +66,24 @@ def state_of(methods):
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32, **options):
+def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32, kind="llama", **options):
     """Two tasks of 4 steps (6 with replay); the model is made anew for the second; returns whole weights and the
     methods' state."""
     methods, state, adapters = MethodList(specs), {}, []
     epochs = max(1, accumulation * batch * int(os.environ.get("WORLD_SIZE", "1")) // 4)
     for index in range(2):
-        model = tiny_model(lora=lora).to(dtype)
+        model = make_model(kind, lora).to(dtype)
         for name in adapters:
             if name not in LoraView(model).adapters:
                 LoraView(model).add(name, "test")
         assign_(dict(model.named_parameters()), state)
         args = make_args(
-            backend, folder / str(index), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-            num_train_epochs=epochs, **options,
+            backend, folder / str(index), kind, per_device_train_batch_size=batch, num_train_epochs=epochs,
+            gradient_accumulation_steps=accumulation, **options,
         )  # fmt: skip
-        trainer = ContinualTrainer(model=model, args=args, train_dataset=toy_rows(seed=index), methods=methods)
+        trainer_class = ContinualSeq2SeqTrainer if kind == "t5" else ContinualTrainer
+        rows = toy_rows("llama" if kind == "gpt2" else kind, seed=index)
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, methods=methods)
         trainer.train()
         expected = "ddp" if backend == "ddp" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else backend
         assert trainer.dist.backend == ("single" if backend == "ddp" and expected != "ddp" else backend)
