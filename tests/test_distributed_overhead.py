@@ -77,6 +77,12 @@ def test_nothing_under_ddp(name, tmp_path):
     assert extra(tmp_path, name, "ddp") == [{}] * PERIOD
 
 
+def test_olora_collects_a_alone_where_weights_are_split(tmp_path):
+    """lambda_2 is 0 by default, so no B is in the loss. The old adapter is in the blocks that FSDP2 gathers twice."""
+    expected = {"all_gather": [0, 2 * 4 * LORA], "all_reduce": [1, 4 * 2 * 2 * 4 * 32]}
+    assert extra(tmp_path, "olora", "fsdp2") == [expected] * PERIOD
+
+
 @pytest.mark.parametrize(
     ("backend", "expected"), [("zero2", {"all_reduce": [1, 4]}), ("fsdp2", {"all_reduce": [2, 4 + 4 * LORA]})]
 )
