@@ -1,6 +1,7 @@
-"""The command line: run, add, report, compare, merge, estimate, ls, env, validate.
+"""The command line: run, add, report, compare, ledger, merge, estimate, ls, env, validate.
 
-Exit codes: 0 done, 2 bad input (one sentence), 130 interrupted with the state saved, 1 anything else.
+Exit codes: 0 done, 2 bad input (one sentence), 3 more was forgotten than the gate allows (one sentence), 130
+interrupted with the state saved, 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import InputError, Interrupted
+from .errors import ForgettingLimit, InputError, Interrupted
 
 if TYPE_CHECKING:
-    from .task_queue import TaskQueue
+    from .recipes import Run
+    from .task_queue import QueueResult, TaskQueue
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +43,23 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--accelerate_config", default=None, metavar="PRESET",
         help="several processes: ddp, fsdp2, zero1, zero2, zero3, zero3_offload, multi_node, or a file of accelerate",
+    )  # fmt: skip
+    run.add_argument(
+        "--with_bounds", action="store_true",
+        help="also run, with every seed, naive (no method), independent (each task alone) and joint (all at once)",
+    )  # fmt: skip
+    run.add_argument(
+        "--with_padded_control", action="store_true",
+        help="also run each variant that replays with rows of the present task in the place of the old ones",
+    )  # fmt: skip
+    run.add_argument(
+        "--max_forgetting", type=float, default=None, metavar="LIMIT",
+        help="after each task: the most that a task seen before may have lost of its best score, such as 0.05; exit "
+             "code 3 if one lost more (--gate.measure mean compares the mean)",
+    )  # fmt: skip
+    run.add_argument(
+        "--on_violation", default=None, metavar="ACTION",
+        help="then stop (default), rollback (leave the task out and go on), or rehearse (train on old rows, then stop)",
     )  # fmt: skip
     run.add_argument("--isolate_tasks", action="store_true", help="learn each task in processes of its own")
     run.add_argument("--one_task", action="store_true", help=argparse.SUPPRESS)
@@ -81,6 +100,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("-o", "--out", required=True, help="folder to write")
     merge.add_argument("--task", default=None, help="as it was after this task; default: the last learnt")
+    merge.add_argument(
+        "--push_to_hub", default=None, metavar="USER/NAME", help="also upload it with its model card, private if new"
+    )
     merge.add_argument("--method", default=None, help="fuse stored weights with tasl, kif or weight_ensemble instead")
     merge.add_argument("--previous", default=None, help="adapter or model from before the task, or a task's folder")
     merge.add_argument("--current", default=None, help="the one learnt from it, not merged yet")
@@ -105,9 +127,35 @@ def make_parser() -> argparse.ArgumentParser:
         "--accelerate_config", default=None, metavar="NAME", help="preset or file that the run would be started with"
     )
 
+    ledger = commands.add_parser("ledger", help="published numbers beside ours: keep results of runs, write the tables")
+    actions = ledger.add_subparsers(dest="ledger_command", required=True, metavar="action")
+    keep = actions.add_parser("add", help="distil finished runs into small result files, to be committed")
+    keep.add_argument("runs", nargs="+", metavar="run", help="run directories, or folders of them")
+    keep.add_argument("--results", default="benchmarks/results", metavar="DIR", help="where the files are kept")
+    keep.add_argument("--hardware", default=None, help="what the runs were made on, such as '8 A100'")
+    keep.add_argument("--note", action="append", default=[], help="a sentence for the tables; may be given again")
+    keep.add_argument("--title", default=None, help="the entry's name in tables; default: the variant")
+    keep.add_argument("--group", default=None, metavar="NAME", help="folder of the entry; default: the recipe's name")
+    keep.add_argument("--stream", default=None, metavar="NAME", help="the stream of a recipe that lists its tasks")
+    keep.add_argument("--recipe", default=None, help="the recipe the runs are of; default: that of the same name")
+    keep.add_argument("--model", default=None, metavar="ID", help="hub id of a model that was read from a folder")
+    keep.add_argument("--detail_only", action="store_true", help="only in the tables of the stream, not in the first")
+    keep.add_argument("--skip_unfinished", action="store_true", help="leave unfinished runs out instead of refusing")
+    write = actions.add_parser("write", help="make the tables from the result files")
+    write.add_argument("--results", default="benchmarks/results", metavar="DIR", help="where the files are kept")
+    write.add_argument("--into", default="METHODS.md", metavar="FILE", help="file with the two markers")
+    write.add_argument("--paper_numbers", default=None, metavar="FILE", help="published numbers of your own")
+    write.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the file would change")
+
     ls = commands.add_parser("ls", help="list what the package brings")
     ls.add_argument("what", choices=("methods", "streams", "recipes"))
-    ls.add_argument("name", nargs="?", default=None, help="a method, whose options are then explained")
+    ls.add_argument(
+        "name", nargs="?", default=None,
+        help="a method, whose options are then explained; or a stream: name, name:variant or a stream file",
+    )  # fmt: skip
+    ls.add_argument(
+        "--data_dir", default=None, metavar="DIR", help="of a stream: show the rows found there, and their hash"
+    )
 
     env = commands.add_parser("env", help="versions, hardware and torch.compile, for bug reports")
     env.add_argument(
@@ -148,6 +196,8 @@ def _main(argv: Sequence[str] | None) -> tuple[int, str]:
         return COMMANDS[args.command](args, rest), ""
     except InputError as error:
         return 2, f"error: {error}"
+    except ForgettingLimit as error:
+        return 3, f"forgotten: {error}"
     except (Interrupted, KeyboardInterrupt) as error:
         return 130, f"interrupted: {str(error) or 'stopped'}; run the same command again to continue"
     except BrokenPipeError:
@@ -172,18 +222,30 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     launch.refuse_flags(launcher)
     launch.register_worker()
     overrides = recipes.parse_overrides(words)
+    given = {"max_forgetting": args.max_forgetting, "on_violation": args.on_violation}
+    given = {key: value for key, value in given.items() if value is not None}
     if Path(args.recipe).is_dir():
+        for flag in ("with_bounds", "with_padded_control"):
+            if getattr(args, flag):
+                raise InputError(
+                    f"command line: --{flag} adds runs to those of a recipe, and {args.recipe} is one run; give the "
+                    "recipe"
+                )
         if overrides:
             raise InputError(
                 f"command line: the run directory {args.recipe} is continued as it is; change a recipe instead"
             )
         run = recipes.open_run(args.recipe)
+        if given:
+            recipes.set_gate(run, {**(run.recipe.get("gate") or {}), **given})
         runs, root = [run], run.run_dir
     else:
+        overrides |= {f"gate.{key}": value for key, value in given.items()}
         path = recipes.find_recipe(args.recipe)
         recipe = recipes.load_recipe(path)
         launch.check_recipe(recipe, overrides, path.parent.resolve())
         runs = recipes.expand(recipe, path.parent.resolve(), overrides)
+        runs += _bounds_and_controls(args, recipe, runs, overrides)
         if args.only:
             wanted = args.only.split(",")
             for name in wanted:
@@ -208,30 +270,81 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             )
             if main_process:
                 print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
+                _print_stream(queue)
         if main_process:
             print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")
         launch.report_end(0, finished=True)
         return 0
+    forgotten = []
     for number, run in enumerate(runs, 1):
         queue = run.queue()
-        if args.one_task and number < len(runs) and _finished(queue):
+        if args.one_task and number < len(runs) and _finished(queue) and not run.recipe.get("gate"):
             continue
         if len(runs) > 1 and main_process:
             print(
                 f"\n#### run {number}/{len(runs)}: {run.variant or 'recipe'}, seed {run.seed} -> {run.run_dir}",
                 flush=True,
             )
-        if args.one_task:
-            queue.run(one_task=True)
-            if not _finished(queue) or number < len(runs):
+        began = _cursor(queue)
+        try:
+            result = queue.run(one_task=args.one_task, isolate_tasks=args.isolate_tasks)
+        except ForgettingLimit as error:
+            forgotten.append(str(error))
+            if args.one_task and _cursor(queue) != began:
                 launch.report_end(0, finished=False)
                 return 0
-        else:
-            queue.run(isolate_tasks=args.isolate_tasks)
+            continue
+        whole = _finished(queue)
+        if args.one_task and not (whole and (number == len(runs) or _cursor(queue) == began)):
+            launch.report_end(0, finished=False)
+            return 0
+        if run.recipe.get("gate"):
+            forgotten += _left_out(result)
     if main_process:
         _print_report(root)
+    if forgotten:
+        raise ForgettingLimit("; ".join(forgotten))
     launch.report_end(0, finished=True)
     return 0
+
+
+def _left_out(result: QueueResult) -> list[str]:
+    """A sentence on what the gate has taken out of a run, if anything."""
+    names = ", ".join(f"'{entry['name']}'" for entry in result.rejected)
+    if not names:
+        return []
+    return [
+        f"run directory {result.run_dir} left out {names}, after which a task had lost more than the gate allows; add "
+        "it again under another name and trained less, or in another run directory with a method against forgetting"
+    ]
+
+
+def _bounds_and_controls(
+    args: argparse.Namespace, recipe: dict[str, Any], runs: Sequence[Run], overrides: dict[str, Any]
+) -> list[Run]:
+    """The runs that flags add to those of the recipe."""
+    from . import bounds
+
+    added = bounds.bounds_of(recipe, runs, overrides) if args.with_bounds else []
+    if args.with_padded_control:
+        controls, lines = bounds.padded(recipe, runs, overrides)
+        added += controls
+        if lines and os.environ.get("RANK", "0") == "0":
+            print("\n".join(lines))
+    return added
+
+
+def _print_stream(queue: TaskQueue) -> None:
+    """How the stream of a queue is cited, and how many of its rows no answer of the label set can be right for."""
+    from .data import answers_outside_labels
+    from .streams import named_hash
+
+    if queue.named_stream is not None:
+        print(f"  stream: {named_hash(queue.named_stream['name'], queue.named_stream['hash'])}")
+    for task in queue.stream:
+        if outside := answers_outside_labels(task):
+            rows = f"{outside} of {len(task.eval_dataset)} evaluation rows"
+            print(f"  {task.name}: {rows} are answered outside its labels and count as wrong")
 
 
 def _launch(args: argparse.Namespace, launcher: Sequence[str], words: Sequence[str]) -> int:
@@ -245,17 +358,27 @@ def _launch(args: argparse.Namespace, launcher: Sequence[str], words: Sequence[s
     rest = list(words)
     if args.only:
         rest += ["--only", args.only]
-    if args.dry_run:
-        rest.append("--dry_run")
+    for flag in ("dry_run", "with_bounds", "with_padded_control"):
+        if getattr(args, flag):
+            rest.append(f"--{flag}")
+    for option in ("max_forgetting", "on_violation"):
+        if getattr(args, option) is not None:
+            rest += [f"--{option}", str(getattr(args, option))]
     command = launch.launch_command(args.accelerate_config, launcher, args.recipe, rest)
     return launch.run_launched(command, isolate_tasks=args.isolate_tasks and not args.dry_run)
 
 
 def _finished(queue: TaskQueue) -> bool:
     """Whether every task of a queue is learnt and scored."""
+    rejected = {entry["name"] for entry in queue.read_rejected()}
+    return _cursor(queue) >= sum(task.name not in rejected for task in queue.learnt_tasks)
+
+
+def _cursor(queue: TaskQueue) -> int:
+    """How many tasks of a queue are learnt and scored; -1 before it was started."""
     if not (queue.directory.path / "queue.json").exists():
-        return False
-    return int(queue.directory.read_queue()["cursor"]) >= len(queue.learnt_tasks)
+        return -1
+    return int(queue.directory.read_queue()["cursor"])
 
 
 def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -294,8 +417,10 @@ def _add(args: argparse.Namespace, rest: Sequence[str]) -> int:
     queue = recipes.add_task(args.run, recipes.with_absolute_paths(spec, path.parent.resolve()))
     print(f"added task '{queue.stream[-1].name}' to {args.run}")
     if not args.no_run:
-        queue.run()
+        result = queue.run()
         _print_report(Path(args.run))
+        if queue.gated and (said := _left_out(result)):
+            raise ForgettingLimit(said[0])
     return 0
 
 
@@ -311,8 +436,27 @@ def _compare(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _ledger(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .ledger import add_runs, write_ledger
+
+    if args.ledger_command == "add":
+        options = ("group", "title", "stream", "hardware", "recipe", "model", "detail_only", "skip_unfinished")
+        given = {name: getattr(args, name) for name in options}
+        print("\n".join(add_runs(args.runs, args.results, notes=args.note, **given)))
+        return 0
+    difference = write_ledger(args.results, args.into, args.paper_numbers, args.check)
+    if difference is None:
+        print(f"{args.into} is what the result files give")
+    elif args.check:
+        print(f"{args.into} is not what the result files give; run hf-continual ledger write ({difference})")
+        return 1
+    else:
+        print(f"wrote the ledger into {args.into}")
+    return 0
+
+
 def _merge(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .merging import write_merged
+    from .merging import push_merged, write_merged
     from .models import quiet
 
     quiet()
@@ -321,7 +465,9 @@ def _merge(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.run is None:
         raise InputError("command line: merge needs a run directory, or --method with --previous and --current")
     task = write_merged(args.run, args.out, args.task)
-    print(f"wrote the model after task '{task}' to {args.out}")
+    print(f"wrote the model after task '{task}' and its model card to {args.out}")
+    if args.push_to_hub is not None:
+        print(f"uploaded to {push_merged(args.out, args.push_to_hub)}")
     return 0
 
 
@@ -334,9 +480,10 @@ def _fuse(args: argparse.Namespace) -> int:
             raise InputError(
                 f"command line: fusing stored weights needs {option} as well; see hf-continual merge --help"
             )
-    if args.run is not None or args.task is not None:
+    if args.run is not None or args.task is not None or args.push_to_hub is not None:
         raise InputError(
-            "command line: --method fuses the weights of --previous and --current; leave out the run and --task"
+            "command line: --method fuses the weights of --previous and --current; leave out the run, --task and "
+            "--push_to_hub"
         )
     options = parse_yaml(args.options, "--options")
     if not isinstance(options, dict):
@@ -347,6 +494,21 @@ def _fuse(args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.data_dir is not None and (args.what != "streams" or args.name is None):
+        raise InputError(
+            f"command line: --data_dir {args.data_dir} is for one stream; write hf-continual ls streams NAME "
+            f"--data_dir {args.data_dir}"
+        )
+    if args.what == "streams" and args.name is not None:
+        import datasets
+
+        from .models import quiet
+        from .streams.show import stream_text
+
+        quiet()
+        datasets.disable_progress_bars()
+        print(stream_text(args.name, args.data_dir))
+        return 0
     if args.name is not None:
         return _explain(args)
     if args.what == "methods":
@@ -357,11 +519,9 @@ def _ls(args: argparse.Namespace, rest: Sequence[str]) -> int:
             summary = (cls.__doc__ or "").strip().splitlines()[0]
             print(f"{name:15} {cls.paper:18} {summary}")
     elif args.what == "streams":
-        from .streams import describe_stream, stream_names
+        from .streams.show import streams_text
 
-        for name in stream_names():
-            about = describe_stream(name)
-            print(f"{name:17} {len(about['tasks']):2} tasks: {' '.join(about['tasks'])}")
+        print(streams_text())
     else:
         from .recipes import load_recipe, recipe_files
 
@@ -458,6 +618,7 @@ COMMANDS = {
     "add": _add,
     "report": _report,
     "compare": _compare,
+    "ledger": _ledger,
     "merge": _merge,
     "estimate": _estimate,
     "ls": _ls,

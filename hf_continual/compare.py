@@ -21,16 +21,19 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from .bounds import BOUNDS, bounds_table, has_bounds
 from .errors import InputError, did_you_mean
 from .metrics import METRICS, MetricInfo
 from .run_scores import (
     RunScores,
+    cited,
     compute,
     duplicates,
     find_runs,
     groups,
+    in_unit,
     load_run,
-    percent,
+    other_stream,
     predictions_file,
     read_predictions,
     tasks_done,
@@ -84,6 +87,8 @@ class Comparison:
 
     Attributes:
         lower_is_better: whether a difference below 0 is a win of the second.
+        runs: of the first comparison of several: all that were compared.
+        unit: of the metric, `percent`, or `nats` where perplexities are compared.
     """
 
     first: str
@@ -92,6 +97,8 @@ class Comparison:
     pairs: list[Pair]
     lower_is_better: bool = False
     notes: list[str] = field(default_factory=list)
+    runs: list[RunScores] = field(default_factory=list)
+    unit: str = "percent"
 
     @property
     def mean(self) -> float:
@@ -146,11 +153,23 @@ def compare_runs(
     runs = [load_run(path, scorer) for path in found]
     finished = [run for run in runs if run.finished]
     notes = [f"Not finished, left out: {run.title} ({run.progress}), {run.path}" for run in runs if not run.finished]
+    given = {Path(path).resolve() for path in paths}
+    bounds: dict[tuple[str, int | None], Path] = {}
+    for run in list(finished):  # of two recipes without variants, each has its own bounds beside its run
+        if run.path.parent in given and run.label in BOUNDS:
+            first_one = bounds.setdefault((run.label, run.seed), run.path)
+            if first_one != run.path:
+                finished.remove(run)
+                notes.append(f"Left out: {run.path}, since {first_one} is {run.title} as well")
+    sequential_runs = [run for run in finished if run.sequential]
+    if info.family != "average_performance" and len({run.label for run in sequential_runs}) > 1:
+        notes += [f"Left out: {run.title}, which has no {metric}" for run in finished if not run.sequential]
+        finished = sequential_runs
     if len(finished) < 2:
         raise InputError(f"compare needs two finished runs; {_names(paths)} {'has' if len(paths) == 1 else 'have'} "
                          f"{len(finished)}")  # fmt: skip
     for run in finished[1:]:
-        _refuse_difference(finished[0], run)
+        _refuse_difference(finished[0], run, scorer)
 
     grouped = groups(finished)
     for label, members in grouped.items():
@@ -165,14 +184,10 @@ def compare_runs(
         raise InputError(f"compare needs runs of two variants; {_names(paths)} only have {next(iter(grouped))}")
     if against is not None and against not in grouped:
         raise InputError(f"--against {against}: no such variant{did_you_mean(against, grouped)}")
-    first = against if against is not None else next(iter(grouped))
-    small = _lower_is_better(finished[0])
-    if small and info.family == "forgetting":
-        raise InputError(
-            f"--metric {metric}: forgetting takes the largest earlier score for the best, and here less is better; "
-            "use backward_transfer"
-        )
-    lower = info.lower_is_better != small
+    sequential = [label for label, members in grouped.items() if members[0].sequential]
+    first = against if against is not None else (sequential or list(grouped))[0]
+    unit = "nats" if finished[0].less_is_better else "percent"
+    lower = info.lower_is_better  # perplexities enter as -ln, of which more is better
 
     comparisons = []
     for second in (label for label in grouped if label != first):
@@ -185,7 +200,7 @@ def compare_runs(
                 unpaired.append(f"seed {seed} ({first if seed in seconds else second} lacks it)")
         if pairs:
             own = [f"{second}, not paired: {', '.join(unpaired)}"] if unpaired else []
-            comparisons.append(Comparison(first, second, metric, pairs, lower, own))
+            comparisons.append(Comparison(first, second, metric, pairs, lower, own, unit=unit))
         else:
             notes.append(f"Left out: {second} has no seed in common with {first}")
     if not comparisons:
@@ -194,6 +209,7 @@ def compare_runs(
             f"no variant has a seed in common with {first} (seeds of {seeds}); give runs of the same seeds"
         )
     comparisons[0].notes[:0] = notes
+    comparisons[0].runs = finished
     return comparisons
 
 
@@ -201,11 +217,31 @@ def _names(paths: Sequence[str | Path]) -> str:
     return ", ".join(str(path) for path in paths)
 
 
-def _refuse_difference(a: RunScores, b: RunScores) -> None:
+def _refuse_difference(a: RunScores, b: RunScores, scorer: str | None = None) -> None:
     """A sentence if two runs are not of the same stream."""
+    if not other_stream(a, b):
+        _refuse_other_rows(a, b)
+        return
     between = f"{a.path} and {b.path} cannot be compared"
-    joint = a.joint or b.joint  # a joint run has no order, and its training rows are hashed as one task
-    tasks_a, tasks_b = (sorted(run.eval_tasks) if joint else run.tasks for run in (a, b))
+    try:
+        _refuse_other_rows(a, b)
+    except InputError as error:
+        what = str(error).removeprefix(f"{between}: ")
+    else:
+        if scorer is not None:  # given for both, and all their rows are the same
+            return
+        what = "their rows agree, and labels, scorers, lengths or training that the definition sets do not"
+    raise InputError(
+        f"{between}: their streams are {cited(a)} and {cited(b)} ({what}); compare runs of one stream, or run one of "
+        "them again with the `tasks:` of the other"
+    )
+
+
+def _refuse_other_rows(a: RunScores, b: RunScores) -> None:
+    between = f"{a.path} and {b.path} cannot be compared"
+    joint = a.joint or b.joint  # a joint run's training rows are hashed as one task
+    ordered = a.sequential and b.sequential
+    tasks_a, tasks_b = (run.tasks if ordered else sorted(run.eval_tasks) for run in (a, b))
     if tasks_a != tasks_b:
         raise InputError(f"{between}: their tasks differ, {' > '.join(tasks_a)} and {' > '.join(tasks_b)}")
     if set(a.eval_tasks) != set(b.eval_tasks):
@@ -213,7 +249,7 @@ def _refuse_difference(a: RunScores, b: RunScores) -> None:
         raise InputError(f"{between}: only one of them evaluates {', '.join(only)}")
     checks = [("evaluation", a.eval_hashes, b.eval_hashes, a.eval_tasks)]
     if not joint:
-        checks.append(("training", a.train_hashes, b.train_hashes, a.tasks))
+        checks.append(("training", a.train_hashes, b.train_hashes, a.tasks if ordered else tasks_a))
     for kind, hashes_a, hashes_b, tasks in checks:
         for task in tasks:
             for run, hashes in ((a, hashes_a), (b, hashes_b)):
@@ -229,20 +265,6 @@ def _refuse_difference(a: RunScores, b: RunScores) -> None:
                 f"{between}: {task} is scored by {a.metrics.get(task, 'nothing')} and "
                 f"{b.metrics.get(task, 'nothing')}; score both with --scorer"
             )
-
-
-def _lower_is_better(run: RunScores) -> bool:
-    """Whether its scores are better when smaller, as perplexity is."""
-    from .scorers import SCORERS
-
-    smaller = {scorer.metric or scorer.name for scorer in SCORERS.values() if not scorer.higher_is_better}
-    directions = {metric in smaller for metric in run.metrics.values()}
-    if len(directions) > 1:
-        raise InputError(
-            f"{run.path}: some tasks are scored by {', '.join(sorted(smaller & set(run.metrics.values())))}, where "
-            "less is better, and some are not, so that their mean is neither; choose one --scorer"
-        )
-    return directions == {True}
 
 
 def _pair(a: RunScores, b: RunScores, info: MetricInfo, scorer: str | None, resamples: int) -> Pair:
@@ -327,20 +349,24 @@ def comparison_text(comparisons: Sequence[Comparison]) -> str:
     """Two tables: one row a variant over seeds, and one row a seed; then what was left out and why."""
     first, metric, lower = comparisons[0].first, comparisons[0].metric, comparisons[0].lower_is_better
     better = "less is better" if lower else "more is better"
+    unit = comparisons[0].unit
+    write = in_unit(unit)
     rows: list[list[object]] = [
-        [c.second, len(c.pairs), percent(statistics.fmean(p.first for p in c.pairs)),
-         percent(statistics.fmean(p.second for p in c.pairs)), _signed(c.mean), _interval(c.interval),
+        [c.second, len(c.pairs), write(statistics.fmean(p.first for p in c.pairs)),
+         write(statistics.fmean(p.second for p in c.pairs)), _signed(c.mean, unit), _interval(c.interval, unit),
          f"{c.wins}/{c.losses}"]
         for c in comparisons
     ]  # fmt: skip
     headers = ["variant", "seeds", first, "variant's", "difference", "95 % over seeds", "wins/losses"]
-    blocks = [f"{metric} against {first}, percent ({better}), paired by seed", _table(rows, headers)]
+    blocks = [f"{metric} against {first}, {unit} ({better}), paired by seed", _table(rows, headers)]
+    if unit == "nats":
+        blocks.append("Perplexities enter the formulas as -ln PPL, the mean log-likelihood of a token.")
     if any(len(c.pairs) == 1 for c in comparisons):
         blocks.append("With one seed no interval over seeds can be given: other seeds may differ by any amount.")
     blocks.append("Within each seed; the interval is a bootstrap over evaluation rows, not over seeds:")
     rows = [
-        [c.second, "-" if p.seed is None else p.seed, percent(p.first), percent(p.second), _signed(p.difference),
-         _interval(p.rows)]
+        [c.second, "-" if p.seed is None else p.seed, write(p.first), write(p.second), _signed(p.difference, unit),
+         _interval(p.rows, unit)]
         for c in comparisons for p in c.pairs
     ]  # fmt: skip
     blocks.append(_table(rows, ["variant", "seed", first, "variant's", "difference", "95 % over rows"]))
@@ -348,6 +374,9 @@ def comparison_text(comparisons: Sequence[Comparison]) -> str:
     notes += [f"{c.second}, seed {p.seed}: {p.problem}" for c in comparisons for p in c.pairs if p.problem]
     if len(comparisons) > 1:
         notes.append(f"{len(comparisons)} comparisons: each interval is for one alone, so some may miss by chance")
+    runs = comparisons[0].runs
+    if metric == "average_performance" and has_bounds(runs):
+        blocks.append("Against the bounds and controls, percent:\n\n" + bounds_table(runs))
     return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 
 
@@ -356,10 +385,10 @@ def _table(rows: list[list[object]], headers: list[str]) -> str:
     return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=align)
 
 
-def _signed(value: float) -> str:
-    text = percent(value)
+def _signed(value: float, unit: str) -> str:
+    text = in_unit(unit)(value)
     return text if text.startswith("-") or float(text) == 0 else f"+{text}"
 
 
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "-" if bounds is None else f"[{_signed(bounds[0])}, {_signed(bounds[1])}]"
+def _interval(bounds: tuple[float, float] | None, unit: str) -> str:
+    return "-" if bounds is None else f"[{_signed(bounds[0], unit)}, {_signed(bounds[1], unit)}]"

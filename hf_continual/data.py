@@ -6,8 +6,10 @@ A canonical dataset has the columns `prompt` (a string, or a list of `{"role", "
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from .data_sources import BUILDERS, EVAL_SPLITS, FORMAT_COLUMNS, FORMATS, ROLES, SUFFIXES, Table, read_splits
+from .data_sources import BUILDERS, EVAL_SPLITS, FORMAT_COLUMNS, FORMATS, ROLES, SUFFIXES, Table, read_splits, stem_of
 from .errors import InputError, did_you_mean
 from .scorers import SCORERS, Scorer
 from .scorers import get as get_scorer
-from .tasks import Task
+from .tasks import KINDS, TEXT_KINDS, EndTask, Task
 
 TASK_KEYS = (
     "name",
@@ -31,16 +33,20 @@ TASK_KEYS = (
     "train_split",
     "eval_split",
     "columns",
+    "template",
+    "train_share",
     "train_rows",
     "eval_rows",
     "eval_fraction",
     "labels",
+    "extra_answers",
     "scorer",
     "training",
     "revision",
+    "kind",
+    "end_task",
 )
-# MNLI's evaluation rows without a gold label. The reference code scores them (always wrong), so they stay.
-NO_GOLD_LABEL = "-"
+END_TASK_KEYS = (*(key for key in TASK_KEYS if key != "end_task"), "seeds", "peft")
 HASH_ALL_ROWS = 20_000
 # What some scorers read of an evaluation row besides prompt and references; `columns` may name where it is.
 SCORED_COLUMNS = sorted(
@@ -58,19 +64,33 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     """Read the data of one task.
 
     Args:
-        spec: the task's entry in a configuration; its keys are `TASK_KEYS`.
+        spec: the task's entry in a configuration; its keys are `TASK_KEYS`, those of its `end_task` `END_TASK_KEYS`.
         base_dir: folder that relative local paths start from; the current directory is tried after it.
         seed: chooses the rows of `train_rows`, `eval_rows` and `eval_fraction`.
 
     An evaluation split is used where there is one (dev, eval, validation or test, in this order); otherwise
     `eval_fraction` of the train rows is held out, as with `eval_split: train`, which is for choosing options without
-    looking at the scores that are reported. Where labels are known, an answer outside them is an error, but for
-    evaluation rows answered `-` (MNLI has some): they are kept and count as wrong, as in O-LoRA's and MIGU's code.
+    looking at the scores that are reported. Where labels are known, a training row answered outside them and
+    `extra_answers` is an error. Evaluation rows are kept whatever their answer (of MNLI some have `-`), count as wrong,
+    as in O-LoRA's and MIGU's code, and are counted by the scorers and by `answers_outside_labels`. With
+    `train_share`, the first training rows of each label go to the evaluation split until so large a part is left, as in
+    DAS (`stream_layouts.move_rows`).
+
+    Tasks of the kinds `clm` and `mlm` have a column `text`; of a .txt file each line is a text, or with
+    `format: paragraphs` what stands between blank lines, or with `format: document` all of it. A `classification` has
+    the columns `text`, perhaps `text_pair`, and `label`.
 
     Raises:
         InputError: if the spec or the data cannot be used.
     """
     _check_keys(spec)
+    if spec.get("end_task") is not None:
+        spec = dict(spec)
+        end = spec.pop("end_task")
+        return dataclasses.replace(
+            load_task(spec, base_dir=base_dir, seed=seed),
+            end_task=_load_end_task(end, str(spec.get("name") or _default_name(spec)), base_dir, seed),
+        )
     spec = {key: value for key, value in spec.items() if value is not None}
     _check_values(spec)
     roots = [Path(base_dir)] if base_dir is not None else []
@@ -99,15 +119,23 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     evaluation = _subset(evaluation, spec.get("eval_rows"), seed)
 
     given = dict(spec.get("columns") or {})
+    kind = spec.get("kind", "completion")
+    if kind != "completion":
+        labels = spec.get("labels")
+        if kind == "classification" and labels is None:
+            labels = label_names(train, given)
+        learnt, scored = (rows_of_kind(table, kind, given, labels, f"task '{name}'") for table in (train, evaluation))
+        training = dict(spec.get("training") or {})
+        return Task(name, learnt, scored, labels=labels, scorer=scorer, training=training, kind=kind)
     columns = {role: column for role, column in given.items() if role in ROLES}
-    train_dataset, train_labels = _canonical(train, columns)
-    eval_dataset, _ = _canonical(evaluation, columns, _scored_columns(evaluation, given, own))
+    template = _parse_template(spec["template"]) if "template" in spec else None
+    train_dataset, train_labels = _canonical(train, columns, template=template)
+    eval_dataset, _ = _canonical(evaluation, columns, _scored_columns(evaluation, given, own), template)
 
     labels = spec.get("labels")
     allowed = found_labels or labels
     if allowed:
-        _check_labels(train_dataset, allowed, train, ())
-        _check_labels(eval_dataset, allowed, evaluation, (NO_GOLD_LABEL,))
+        _check_labels(train_dataset, allowed, train, spec.get("extra_answers") or ())
     return Task(
         name=name,
         train_dataset=train_dataset,
@@ -118,8 +146,33 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     )
 
 
-def as_rows(rows: Any, source: str) -> Any:
+def _load_end_task(spec: Any, name: str, base_dir: str | Path | None, seed: int) -> EndTask:
+    where = f"task '{name}': end_task"
+    if not isinstance(spec, Mapping):
+        raise InputError(f"{where}={spec!r} must be a mapping of a task's options, such as {{path: rows.jsonl}}")
+    for key in spec:
+        if key not in END_TASK_KEYS:
+            raise InputError(f"{where} option {key!r} is unknown{did_you_mean(str(key), END_TASK_KEYS)}")
+    own = {key: value for key, value in spec.items() if key not in ("seeds", "peft")}
+    task = load_task({"name": name, "kind": "classification", **own}, base_dir=base_dir, seed=seed)
+    options = {key: spec[key] for key in ("seeds", "peft") if spec.get(key) is not None}
+    known = ("name", "train_dataset", "eval_dataset", "labels", "scorer", "training", "kind")
+    return EndTask(**{key: getattr(task, key) for key in known}, **options)
+
+
+def answers_outside_labels(task: Task) -> int:
+    """How many evaluation rows have no answer among the task's labels; they count as wrong."""
+    rows = task.eval_dataset
+    if not task.labels or not isinstance(rows, Dataset) or "references" not in rows.column_names:
+        return 0
+    return sum(not set(task.labels).intersection(references) for references in rows["references"])
+
+
+def as_rows(rows: Any, source: str, kind: str = "completion", labels: Sequence[str] | None = None) -> Any:
     """Rows given from Python, brought to the canonical columns; rows that have `input_ids`, and None, stay as they are.
+
+    Args:
+        kind, labels: of their task.
 
     Raises:
         InputError: for rows without length, or without the columns of any format.
@@ -127,14 +180,39 @@ def as_rows(rows: Any, source: str) -> Any:
     if rows is None:
         return None
     if isinstance(rows, (list, tuple)):
+        if kind in TEXT_KINDS:
+            rows = [{"text": row} if isinstance(row, str) else row for row in rows]
         if any(not isinstance(row, Mapping) for row in rows):
-            raise InputError(f"{source}: a row is no mapping; write {{'prompt': ..., 'completion': ...}}")
+            columns = {"completion": "'prompt': ..., 'completion': ...", "classification": "'text': ..., 'label': ..."}
+            example = columns.get(kind, "'text': ...")
+            raise InputError(f"{source}: a row is no mapping; write {{{example}}}")
         rows = Dataset.from_list([dict(row) for row in rows])
     if _is_iterable_only(rows):
         raise InputError(f"{source} is a stream without length; give a map-style dataset")
     if not isinstance(rows, Dataset) or not len(rows) or "input_ids" in rows.column_names:
         return rows
-    return _canonical(Table(rows, source, list(range(len(rows)))), {})[0]
+    table = Table(rows, source, list(range(len(rows))))
+    if kind != "completion":
+        return rows_of_kind(table, kind, {}, labels, source)
+    # Rows to score bring what their scorer reads, such as the turns of a dialogue.
+    scored = SCORED_COLUMNS if "references" in rows.column_names else ()
+    return _canonical(table, {}, {name: name for name in scored if name in rows.column_names})[0]
+
+
+def rows_of_kind(
+    table: Table, kind: str, columns: Mapping[str, str], labels: Sequence[str] | None, where: str
+) -> Dataset:
+    """The canonical rows of a task that is no `completion`."""
+    from .end_tasks import label_rows  # both import torch and transformers, which most readers do without
+    from .pretraining import text_rows
+
+    return label_rows(table, columns, labels, where) if kind == "classification" else text_rows(table, columns)
+
+
+def label_names(table: Table, columns: Mapping[str, str]) -> list[str] | None:
+    """The names of the labels, where their column is a `ClassLabel`."""
+    feature = table.rows.features.get(columns.get("label", "label")) if isinstance(table.rows, Dataset) else None
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def content_hash(dataset: Any) -> str:
@@ -153,7 +231,7 @@ def content_hash(dataset: Any) -> str:
     if step > 1:
         digest.update(f"{length}\n".encode())
     for index in range(0, length, step):
-        row = json.dumps(_plain(dataset[index]), sort_keys=True, ensure_ascii=True)
+        row = json.dumps(plain_value(dataset[index]), sort_keys=True, ensure_ascii=True)
         digest.update(row.encode() + b"\n")
     return digest.hexdigest()
 
@@ -168,18 +246,18 @@ def _is_iterable_only(dataset: Any) -> bool:
     return not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """JSON-ready copy of a value; objects without a stable text count by their type alone."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, bytes):
         return value.hex()
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain_value(value.tolist())
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
@@ -199,6 +277,13 @@ def _check_keys(spec: Any) -> None:
 def _check_values(spec: Mapping[str, Any]) -> None:
     if not any(key in spec for key in ("path", "data_files", "data_dir")):
         raise InputError(f"task {spec.get('name', '')!r} has no data: set 'path' to a file, a folder or a dataset")
+    kind = spec.get("kind", "completion")
+    if kind not in KINDS:
+        raise InputError(f"kind: {kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
+    if kind != "completion":
+        for key in ("template", "extra_answers", *(() if kind == "classification" else ("labels",))):
+            if spec.get(key) is not None:
+                raise InputError(f"{key}: {spec[key]!r} has no use for a task of kind '{kind}'; leave it out")
     for key in ("name", "path", "format", "subset", "data_dir", "train_split", "eval_split", "scorer", "revision"):
         value = spec.get(key)
         if value is not None and not isinstance(value, str | Path):
@@ -212,6 +297,9 @@ def _check_values(spec: Mapping[str, Any]) -> None:
     fraction = spec.get("eval_fraction", 0.1)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
         raise InputError(f"eval_fraction: {fraction!r} is not a number between 0 and 1; the default is 0.1")
+    share = spec.get("train_share")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+        raise InputError(f"train_share: {share!r} is not a number between 0 and 1; leave it out to move no rows")
     labels = spec.get("labels")
     if labels is not None:
         if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
@@ -219,11 +307,24 @@ def _check_values(spec: Mapping[str, Any]) -> None:
         for label in labels:
             if not isinstance(label, str):
                 raise InputError(f"labels: {label!r} is not a string; put it in quotes")
+    extra = spec.get("extra_answers")
+    if extra is not None:
+        if not isinstance(extra, list | tuple) or not all(isinstance(answer, str) for answer in extra):
+            raise InputError(f"extra_answers: {extra!r} is not a list of strings; put each answer in quotes")
+        if labels is None and spec.get("format") != "cl_benchmark":
+            raise InputError("extra_answers: there are no labels they could be outside of; add `labels: [a, b, ...]`")
+    template = spec.get("template")
+    if template is not None:
+        if not isinstance(template, str):
+            raise InputError(f"template: {template!r} is not a string; put it in quotes")
+        if "prompt" in (spec.get("columns") or {}):
+            raise InputError("template: it makes the prompt, which columns.prompt names too; leave one of them out")
+        _parse_template(template)
     for key in ("columns", "training"):
         if spec.get(key) is not None and not isinstance(spec[key], Mapping):
             raise InputError(f"{key}: {spec[key]!r} is not a mapping; write it as 'name: value' lines")
     for role, column in (spec.get("columns") or {}).items():
-        if role not in ROLES and role not in SCORED_COLUMNS:
+        if kind == "completion" and role not in ROLES and role not in SCORED_COLUMNS:
             known = (*ROLES, *SCORED_COLUMNS)
             raise InputError(f"columns: {role!r} is not a column of a task{did_you_mean(str(role), known)}")
         if not isinstance(column, str):
@@ -240,7 +341,7 @@ def _default_name(spec: Mapping[str, Any]) -> str:
             files = files[0] if files else None
         path = files or spec.get("data_dir")
     last = Path(str(path))
-    stem = last.stem if last.suffix in SUFFIXES else last.name
+    stem = stem_of(last) if last.suffix in SUFFIXES else last.name
     # `task/train.json` is the task, not a task called "train".
     if stem in ("train", "{split}", *EVAL_SPLITS) and last.parent.name:
         stem = last.parent.name
@@ -338,12 +439,65 @@ def _scored_columns(table: Table, columns: Mapping[str, str], scorer: Scorer | N
     return kept
 
 
+Template = list[tuple[str, str | None]]
+"""Pieces of a prompt template: text, and the column that follows it."""
+
+
+def _parse_template(template: str) -> Template:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(
+            f"template: {template!r} cannot be read ({error}); write {{column}}, and {{{{ and }}}} for braces"
+        ) from error
+    for _, name, form, conversion in pieces:
+        # Only columns: format strings could otherwise reach into objects.
+        if name is not None and (not name or form or conversion or set(name) & set(".[]")):
+            raise InputError(f"template: {template!r} has a field that is no plain {{column}}; write the column's name")
+    if all(name is None for _, name, _, _ in pieces):
+        raise InputError(
+            f"template: {template!r} names no column, so that all prompts would be the same; add {{column}}"
+        )
+    return [(text, name) for text, name, _, _ in pieces]
+
+
+def _fill(template: Template, row: Mapping[str, Any], definition: str | None, where: str) -> str:
+    parts = []
+    for text, name in template:
+        value: Any = ""
+        if name is not None:
+            value = definition if name == "definition" and definition is not None else row.get(name)
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise InputError(f"column '{name}' {where} is {_show(value)}, and the template needs text or a number")
+        parts += [text, str(value)]
+    return "".join(parts)
+
+
+def _template_columns(template: Template, table: Table) -> list[str]:
+    """The columns a template reads, refused if they are not there."""
+    names = [name for _, name in template if name is not None]
+    if table.definition is not None:
+        names = [name for name in names if name != "definition"]
+    for name in names:
+        if name not in table.columns:
+            raise InputError(f"template: {table.source} has no column '{name}'{did_you_mean(name, table.columns)}")
+    return names
+
+
 def _canonical(
-    table: Table, columns: Mapping[str, str], further: Mapping[str, str] | None = None
+    table: Table,
+    columns: Mapping[str, str],
+    further: Mapping[str, str] | None = None,
+    template: Template | None = None,
 ) -> tuple[Dataset, list[str] | None]:
     """The canonical rows, and the names of the answers where the completion column is a `ClassLabel`."""
     further = further or {}
+    read = _template_columns(template, table) if template is not None else []
+    if template is not None and columns:
+        columns = {"prompt": read[0] if read else columns.get("completion", "completion"), **columns}
     chosen = _pick_columns(table, columns)
+    if template is not None and "messages" in chosen:
+        raise InputError(f"template: {table.source} holds messages; name the answers, as columns: {{completion: ...}}")
     names: list[str] | None = None
     if isinstance(table.rows, Dataset) and "completion" in chosen:
         feature = table.rows.features[chosen["completion"]]
@@ -351,7 +505,7 @@ def _canonical(
             names = list(feature.names)
     result: dict[str, list[Any]] = {"prompt": [], "completion": [], "references": [], **{name: [] for name in further}}
     chat: bool | None = None
-    for index, row in _iterate(table, {**chosen, **further}):
+    for index, row in _iterate(table, {**chosen, **further, **{f"template {name}": name for name in read}}):
         where = f"in row {index} of {table.source}"
         if "messages" in chosen:
             messages = _messages(row.get(chosen["messages"]), chosen["messages"], where)
@@ -363,9 +517,12 @@ def _canonical(
             prompt: Any = messages[:-1]
             answers = [messages[-1]["content"]]
         else:
-            prompt = _prompt(row.get(chosen["prompt"]), chosen["prompt"], where)
+            if template is not None:
+                prompt = _fill(template, row, table.definition, where)
+            else:
+                prompt = _prompt(row.get(chosen["prompt"]), chosen["prompt"], where)
             answers = _answers(row.get(chosen["completion"]), chosen["completion"], where, names)
-        if table.definition is not None:
+        if table.definition is not None and template is None:
             prompt = f"Definition: {table.definition}\n\nInput: {prompt}\nOutput:"
         if chat is None:
             chat = not isinstance(prompt, str)
@@ -436,6 +593,12 @@ def _answers(value: Any, column: str, where: str, names: Sequence[str] | None) -
             if len(messages) == 1 and messages[0]["role"] == "assistant":
                 return [messages[0]["content"]]
             raise InputError(f"column '{column}' {where} is not one assistant message; put the others in the prompt")
+        kinds = sorted({type(item).__name__ for item in value})
+        if len(kinds) > 1:
+            raise InputError(
+                f"column '{column}' {where} mixes {' and '.join(kinds)} in {_show(value)}; write each accepted answer "
+                "as a string"
+            )
     raise InputError(
         f"column '{column}' {where} is {_show(value)}, not a string or a list of strings; "
         "convert it or map another column"
@@ -447,11 +610,12 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_labels(dataset: Dataset, labels: Sequence[str], table: Table, tolerated: Sequence[str]) -> None:
-    allowed = {*labels, *tolerated}
+def _check_labels(dataset: Dataset, labels: Sequence[str], table: Table, extra: Sequence[str]) -> None:
+    allowed = {*labels, *extra}
     for position, references in enumerate(dataset["references"]):
         if not allowed.intersection(references):
             raise InputError(
                 f"labels: the answer {references[0]!r} in row {table.indices[position]} of {table.source} is not one "
-                f"of the labels {', '.join(map(repr, labels))}; correct the row or the labels"
+                f"of the labels {', '.join(map(repr, labels))}; correct the row or the labels, or add it to "
+                "`extra_answers`"
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,20 @@ FORMATS = (
     "conversational",
     "cl_benchmark",
     "natural_instructions",
+    # of .txt files: what of one is a text
+    "lines",
+    "paragraphs",
+    "document",
+    # read by stream_layouts
+    "sgd",
+    "aspect_sentiment",
+    "das_corpus",
+    "code_instructions",
+    "code_instructions_python",
 )
 EVAL_SPLITS = ("dev", "eval", "validation", "test")
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz")
+TEXT_FORMATS = ("lines", "paragraphs", "document")
 ROLES = ("prompt", "completion", "references", "messages")
 FORMAT_COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
@@ -87,6 +100,12 @@ def _missing(option: str, path: str | Path, roots: Sequence[Path]) -> InputError
 
 
 def read_splits(spec: Mapping[str, Any], roots: Sequence[Path]) -> Splits:
+    from .stream_layouts import arrange  # which reads by functions of this module
+
+    return arrange(spec, _read_splits(spec, roots))
+
+
+def _read_splits(spec: Mapping[str, Any], roots: Sequence[Path]) -> Splits:
     form = spec.get("format", "auto")
     path = str(spec["path"]) if spec.get("path") is not None else None
     files = spec.get("data_files")
@@ -123,7 +142,7 @@ def _read_data_files(spec: Mapping[str, Any], files: Any, roots: Sequence[Path])
     train_name = spec.get("train_split") or "train"
     eval_names = (spec["eval_split"],) if spec.get("eval_split") else EVAL_SPLITS
     for key in files:
-        if key not in (train_name, *eval_names):
+        if key not in (train_name, *eval_names, *EVAL_SPLITS):
             raise InputError(f"data_files: split {key!r} is unknown{did_you_mean(key, (train_name, *eval_names))}")
     if train_name not in files:
         raise InputError(f"data_files: the split '{train_name}' is missing; add '{train_name}: <file>'")
@@ -172,7 +191,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for suffix in reversed(SUFFIXES):
         for file in sorted(folder.glob(f"*{suffix}")):
-            files[file.stem] = file
+            files[stem_of(file)] = file
     files.pop("labels", None)
     return files
 
@@ -250,20 +269,29 @@ def _table(rows: Any, source: str, form: str, definition: str | None = None) -> 
 
 
 def _read_file(path: Path, form: str) -> Table:
+    from .stream_layouts import READERS
+
     source = f"'{path}'"
-    suffix = path.suffix.lower()
+    if form in READERS:
+        read, plain = READERS[form]
+        return _table(read(path), source, plain)
+    suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise InputError(f"path: the type of '{path}' is not supported; use one of: {', '.join(SUFFIXES)}")
     if form == "cl_benchmark":
         raise InputError(
             f"path: the format 'cl_benchmark' needs a folder, and '{path}' is a file; give '{path.parent}'"
         )
+    if suffix == ".txt":
+        return _table(read_texts(path, form), source, "auto")
+    if form in TEXT_FORMATS:
+        raise InputError(f"format: '{form}' is for .txt files, and '{path}' is none; use format: auto")
     if suffix == ".parquet":
         rows: Any = _read_parquet(path)
     elif suffix == ".csv":
         rows = _read_csv(path)
     else:
-        rows = _read_json(path)
+        rows = read_json(path)
         if isinstance(rows, Mapping):
             if form not in ("auto", "natural_instructions"):
                 raise InputError(f"format: '{path}' is a JSON object, not a list of rows; use format: auto")
@@ -273,17 +301,51 @@ def _read_file(path: Path, form: str) -> Table:
     return _table(rows, source, form)
 
 
-def _text(path: Path) -> str:
+def stem_of(path: Path) -> str:
+    """The name without what kind of file it is; of `train.jsonl.gz`, `train`."""
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def suffix_of(path: Path) -> str:
+    """What kind of file it is; of `train.jsonl.gz`, `.jsonl`."""
+    if path.suffix.lower() != ".gz":
+        return path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if inner in (".json", ".jsonl", ".csv", ".txt") else ""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, unpacked if it is a `.gz`."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix.lower() != ".gz":
+            return path.read_text(encoding="utf-8-sig")
+        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"path: '{path}' cannot be read ({error}); save it as UTF-8 text") from error
 
 
-def _read_json(path: Path) -> Any:
+def read_texts(path: Path, form: str) -> list[dict[str, str]]:
+    """The texts of a `.txt` file: its lines, unless `form` says otherwise; without those that are blank."""
+    if form not in ("auto", *TEXT_FORMATS):
+        raise InputError(
+            f"format: '{path}' is plain text, which '{form}' is not; use lines, paragraphs (between blank lines) or "
+            "document (the whole file)"
+        )
+    text = read_text(path)
+    if form == "document":
+        texts = [text]
+    elif form == "paragraphs":
+        texts = re.split(r"\n\s*\n", text)
+    else:
+        texts = text.split("\n")
+    return [{"text": part.strip("\n")} for part in texts if part.strip()]
+
+
+def read_json(path: Path) -> Any:
     """A list of rows, or the object of a Natural-Instructions file. A `.json` file may hold JSON lines too."""
-    text = _text(path)
-    if path.suffix.lower() == ".json":
+    text = read_text(path)
+    if suffix_of(path) == ".json":
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -317,7 +379,7 @@ def _check_rows(rows: list[Any], path: Path) -> list[Any]:
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
     # The csv module, not pandas, which would read the label "None" or "NA" as a missing value.
-    lines = _text(path).splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     limit = csv.field_size_limit(2**31 - 1)
     try:
         reader = csv.DictReader(lines, strict=True)
@@ -367,7 +429,7 @@ def _read_labels(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"path: '{path}' is missing; the format 'cl_benchmark' needs it: a list of strings")
     try:
-        labels = json.loads(_text(path))
+        labels = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"path: '{path}' is not valid JSON ({error}); correct that place") from error
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
@@ -387,7 +449,7 @@ def _cl_table(path: Path, labels: Sequence[str]) -> Table:
     head = f"Task:{group}\nDataset:{folder.name}\n"
     if CL_INSTRUCTIONS[group] is not None:
         head += f"{CL_INSTRUCTIONS[group]} Choose one from the option.\nOption: {', '.join(labels)} \n"
-    rows = _read_json(path) if path.suffix != ".csv" else _read_csv(path)
+    rows = read_json(path) if suffix_of(path) != ".csv" else _read_csv(path)
     if isinstance(rows, Mapping):
         raise InputError(f"path: '{path}' is a Natural-Instructions object; use format: natural_instructions")
     table = _table([], f"'{path}'", "input_output")

@@ -26,19 +26,24 @@ from .interleaving import InterleavedDataset
 from .lora import trainable_parameters, trainable_state
 from .methods.base import ContinualMethod, MethodContext
 from .replay import (
+    SOURCE_HELP,
     Policy,
     ReplayBuffer,
+    Source,
     check_buffer,
     check_columns,
     check_rows,
+    check_source,
     features_of,
     model_key,
+    replayed_rows,
     tokenizer_key,
 )
 from .signals import AttentionSignal, LogitSignal, RowSignals, SignalStore, teacher_hash
 
 OWN_COLUMNS = ("replay_row", "teacher")
 TEACHERS = ("cached", "previous", "tasks")
+ONLINE = ("previous", "tasks")
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -229,9 +234,11 @@ class ReplayDistillationConfig:
         default=None,
         metadata={"help": "Store only the k largest logits and the log-sum-exp; default: all of the vocabulary."},
     )
+    source: Source = field(default="past", metadata={"help": SOURCE_HELP})
 
     def __post_init__(self) -> None:
         check_buffer(self.ratio, self.count, self.total, self.policy, self.seed)
+        check_source(self.source)
         for option in ("count", "replay_batch_size", "top_k"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -278,7 +285,8 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         super().__init__(config, **options)
         c = self.config
         self.buffer_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
-        if c.teacher == "cached":
+        self._teacher_kind = c.teacher if c.source == "past" else "none"  # the padded control has no old knowledge
+        if self._teacher_kind == "cached":
             self.buffer_.signals = SignalStore(None)
         self.counts_micro_batches = c.loss_mix == "alternate"
         self.teachers_: dict[str, Tensor] = {}
@@ -290,6 +298,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._collator: Any = None
         self._planned: Any = None
         self._features: Any = None
+        self._drawn_from: datasets.Dataset | None = None
         self._teacher: Any = None
         self._means: dict[str, tuple[Any, int]] = {}
         self._said = ""
@@ -342,12 +351,12 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
     # -- a task ------------------------------------------------------------------------------------------------------
 
     def on_task_begin(self, ctx: MethodContext) -> None:
-        if self.config.teacher == "tasks" and not ctx.lora.is_peft:
+        if self._teacher_kind == "tasks" and not ctx.lora.is_peft:
             raise InputError(
                 f"method '{self.name}': teacher='tasks' keeps the adapter of every task and this model has none; use "
                 "teacher='cached', or LoRA"
             )
-        if self.config.teacher != "cached" and not ctx.dist.whole_weights:
+        if self._teacher_kind in ONLINE and not ctx.dist.whole_weights:
             raise InputError(
                 f"method '{self.name}': teacher='{self.config.teacher}' is a forward with other weights in the place "
                 f"of the model's, which '{ctx.dist.backend}' does not allow; use teacher='cached', or ZeRO to stage 2"
@@ -364,7 +373,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         features = features_of(ctx, own) if self.config.policy == "herding" else None
         self._chosen = self.buffer_.choose(own, ctx.task.index, features)
         self._features = features
-        if self.config.teacher == "cached":
+        if self._teacher_kind == "cached":
             # Beside the checkpoints, so that rows which a killed process has finished are not computed again.
             key, store = self.signal_key(ctx), self.store
             if store.ids:
@@ -375,19 +384,25 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         self._before = self._weights_before(ctx)
         if not len(self.buffer_):
             return dataset
-        if self.config.teacher != "cached":
+        self._drawn_from = self._replayed(ctx) if self.config.loss_mix == "summed" else None
+        if self._teacher_kind in ONLINE:
             self._plan(ctx)
         if self.config.loss_mix == "summed":
             return dataset
-        return InterleavedDataset(dataset, self._stored_rows())
+        return InterleavedDataset(dataset, self._stored_rows(ctx))
 
     def _weights_before(self, ctx: MethodContext) -> dict[str, Tensor]:
         """The weights before the task, where something needs them later."""
-        return trainable_copy(ctx.model) if self.config.teacher == "previous" and len(self.buffer_) else {}
+        return trainable_copy(ctx.model) if self._teacher_kind == "previous" and len(self.buffer_) else {}
 
-    def _stored_rows(self) -> datasets.Dataset:
-        rows = self.buffer_.rows
+    def _replayed(self, ctx: MethodContext) -> datasets.Dataset:
+        seed = self.config.seed + ctx.task.index
+        rows = replayed_rows(self.buffer_.rows, self._rows, self.config.source, seed)
         assert rows is not None
+        return rows
+
+    def _stored_rows(self, ctx: MethodContext) -> datasets.Dataset:
+        rows = self._replayed(ctx)
         return rows.add_column("replay_row", list(range(len(rows))))  # type: ignore[call-arg]
 
     def _plan(self, ctx: MethodContext) -> None:
@@ -412,7 +427,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
             )
         if not len(self.buffer_):
             return collator
-        signals = self.store if self.config.teacher == "cached" else self._planned
+        signals = self.store if self._teacher_kind == "cached" else self._planned
         self._collator = DistillationCollator(collator, signals, self.buffer_.ids, self.buffer_.tasks)
         return collator if self.config.loss_mix == "summed" else self._collator
 
@@ -428,7 +443,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         """Moves the teacher's signals to the device, or asks an online teacher; keyword arguments of the student."""
         device = next(v.device for v in batch.values() if torch.is_tensor(v))
         teacher = teacher.to(device)
-        if self.config.teacher != "cached":
+        if self._teacher_kind in ONLINE:
             self._ask_teacher(ctx, batch, teacher)
         self._teacher = teacher
         return self.attention_kwargs(teacher)
@@ -440,7 +455,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         task_of_row = torch.full((teacher.size,), -1)
         task_of_row[teacher.rows] = torch.tensor(teacher.tasks)
         task_of_row = task_of_row.to(device)
-        for task in sorted(set(teacher.tasks)) if self.config.teacher == "tasks" else [None]:
+        for task in sorted(set(teacher.tasks)) if self._teacher_kind == "tasks" else [None]:
             request = self.teacher_kwargs(teacher)
             outputs = teacher_forward(ctx, self._teacher_weights(ctx, task), {**inputs, **request})
             if teacher.logits is not None:
@@ -498,7 +513,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def _draw(self, ctx: MethodContext, size: int) -> list[dict[str, Any]]:
         """The next stored rows, in a new order whenever all have had their turn; each rank gets its own."""
-        total, rows = len(self.buffer_), self.buffer_.rows
+        total, rows = len(self.buffer_), self._drawn_from
         assert rows is not None
         size = min(size, total)
         first = self.drawn_ + ctx.dist.rank * size
@@ -514,17 +529,18 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         task = ctx.task
-        self.choose_heads(ctx)
-        if self.config.teacher == "tasks":
+        if self._teacher_kind != "none":
+            self.choose_heads(ctx)
+        if self._teacher_kind == "tasks":
             self.teachers_ |= {f"{task.index:03d}/{n}": t for n, t in trainable_state(ctx.model).items()}
             self.adapters_[f"{task.index:03d}"] = ctx.lora.adapters
-        if self.config.teacher == "cached":
+        if self._teacher_kind == "cached":
             self._write_signals(ctx)
         self.buffer_.add(task.index, task.name, self._rows, self._chosen, self._features)
         self._said = self._describe(task.name)
         self.drawn_ = 0
         self._rows, self._chosen, self._before, self._features = None, [], {}, None
-        self._collator = self._planned = self._teacher = None
+        self._collator = self._planned = self._teacher = self._drawn_from = None
 
     def row_ids(self, task: int) -> list[str]:
         """The ids that the buffer gives the chosen rows."""
@@ -535,7 +551,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def _describe(self, task: str) -> str:
         parts = [f"kept {self.buffer_.sizes.get(task, 0)} of {len(self._rows)} rows, {len(self.buffer_)} in all"]
-        if self.config.teacher == "cached":
+        if self._teacher_kind == "cached":
             parts.append(f"{self.store.bytes() / 2**20:.1f} MiB of signals")
         parts += [f"{name} {float(total) / times:.3g} on average" for name, (total, times) in self._means.items()]
         return ", ".join(parts)

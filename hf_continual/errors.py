@@ -19,6 +19,10 @@ class Interrupted(Exception):
     """Training was interrupted (SIGINT) and its state saved. The command line exits with code 130."""
 
 
+class ForgettingLimit(Exception):
+    """A run has forgotten more than its gate allows. What is learnt is kept; the command line exits with code 3."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'threshold'?`` naming the nearest of `choices`, or a list of all of them."""
     choices = [str(choice) for choice in choices]

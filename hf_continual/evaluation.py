@@ -1,32 +1,35 @@
-"""Scoring a task: greedy generation or label likelihood, in length-sorted batches, with the raw predictions kept."""
+"""Scoring a task: generation or label likelihood, in length-sorted batches, with the raw predictions kept."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .cells import Cell, make_cell
 from .distributed import Processes
 from .errors import InputError
+from .generation import Choice, Chooser, Draw, Prompt, Writer, work_groups
 from .models import is_seq2seq
+from .perplexity import TokenJobs
 from .scorers import SCORERS, Scorer, check_rows, exact_match, normalize_answer, references_of, rouge_l
 from .scorers import get as get_scorer
-from .scorers import score as score_rows
 from .tasks import Task
-from .tokenization import encode_completion, encode_prompt
+from .tokenization import Packing, encode_completion, encode_prompt
 
 __all__ = [
     "SCORERS",
+    "AnswerLog",
     "Cell",
     "EvaluationConfig",
     "check_task",
@@ -54,32 +57,69 @@ class EvaluationConfig:
     )
     batch_size: int = field(default=16, metadata={"help": "Rows per batch; for label_likelihood, sequences per batch."})
     max_new_tokens: int = field(default=50, metadata={"help": "Longest answer that is generated (MIGU: 50)."})
+    temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "0 is greedy; above, answers are drawn, as scorers with several answers a row need (Codex: 0.8 for "
+            "pass_at_100)."
+        },
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens with this much probability."})
+    seed: int = field(default=0, metadata={"help": "Of drawn answers; each row has random numbers of its own."})
     unseen: bool = field(default=False, metadata={"help": "Also score tasks not learnt yet, for forward transfer."})
     base_model: bool = field(
         default=False, metadata={"help": "Also score the model before any task, the baseline of forward transfer."}
     )
+    general: bool | Mapping[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Before the first and after every task, the perplexity of a held text and the answers to frozen "
+            "prompts: true, or files of your own, {text: FILE, prompts: FILE}."
+        },
+    )
+    lm_eval: Mapping[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness on the live model: tasks, include_path, limit, num_fewshot, "
+            "batch_size, when (before_after or every_task); needs the extra `eval`."
+        },
+    )
 
     def __post_init__(self) -> None:
+        from .general_ability import check_general  # which measures in this module's `evaluating`
+        from .lm_eval_probe import check_lm_eval
+
+        self.general, self.lm_eval = check_general(self.general), check_lm_eval(self.lm_eval, self.batch_size)
         get_scorer(self.scorer, "evaluation.scorer")
         for option in ("batch_size", "max_new_tokens"):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"evaluation.{option}={value!r} must be a whole number above 0")
+        for option, low, high in (("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0)):
+            value = getattr(self, option)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or (option == "top_p" and value == 0):
+                least = "above 0" if option == "top_p" else "at least 0"
+                raise InputError(f"evaluation.{option}={value!r} must be a number {least} and at most {high:g}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise InputError(f"evaluation.seed={self.seed!r} must be a whole number, 0 or above")
+        if self.top_p < 1 and not self.temperature:
+            raise InputError(
+                f"evaluation.top_p={self.top_p!r} has no effect on greedy answers; set evaluation.temperature above 0"
+            )
         for option in ("unseen", "base_model"):
             if not isinstance(getattr(self, option), bool):
                 raise InputError(f"evaluation.{option}={getattr(self, option)!r} must be true or false")
 
 
-@dataclass
-class Cell:
-    """One evaluated cell R[i, j]: the score and everything needed to compute another one later."""
+class AnswerLog(Protocol):
+    """Where the answers of an evaluation are kept until all are there, for it to go on after a stop."""
 
-    metric: str
-    score: float
-    n: int
-    others: dict[str, float]
-    settings: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    def begin(self, key: str) -> dict[int, Any]:
+        """What was found by an evaluation of the same key that was stopped; what belongs to another is dropped."""
+
+    def add(self, found: Mapping[int, Any]) -> None:
+        """Keep what was found of some rows."""
 
 
 def evaluate_task(
@@ -92,48 +132,74 @@ def evaluate_task(
     description: str = "",
     autocast_dtype: torch.dtype | None = None,
     ranks: Processes | None = None,
+    generation: GenerationConfig | None = None,
+    log: AnswerLog | None = None,
+    packing: Packing | None = None,
 ) -> Cell:
-    """Score `model` on `task.eval_dataset` (columns `prompt`, `references`, and what the scorer needs).
+    """Score `model` on `task.eval_dataset` (columns `prompt`, `references`, and what the scorer needs; or `text`).
 
-    With `ranks` every process must call it with the same whole model; they share the batches and all get the cell. It
-    is that of one process, since no batch is made differently.
+    With `ranks` every process must call it with the same whole model; they share the groups of batches and all get the
+    cell. It is that of one process, since no batch is made differently. Rank 0 alone scores the predictions.
+
+    Args:
+        max_prompt_length: in tokens. A row with a column `prompt_ids` has its tokens already.
+        autocast_dtype: compute in this dtype.
+        generation: settings for the model's own `generate`, such as beams, in place of those of `config`.
+        log: keeps the answers of finished groups, so that a stopped evaluation goes on with the rest.
+        packing: how the texts of a task of kind `clm` or `mlm` become rows.
 
     Raises:
         InputError: if the task has no evaluation data, or no labels where the scorer needs them.
     """
     scorer = _scorer_of(task, config)
     rows = list(task.eval_dataset)
-    encoded = [encode_prompt(row["prompt"], tokenizer, max_prompt_length, is_seq2seq(model)) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i]), i))
-    device = next(model.parameters()).device
-    hidden = ranks is not None and not ranks.is_main
-    title = description or f"evaluating {task.name}"
-    bar = tqdm(total=len(rows), desc=title, leave=False, unit="row", disable=hidden)
-    autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with bar, evaluating(model), torch.no_grad(), autocast:
+    seq2seq = is_seq2seq(model)
+    settings = _settings(task, scorer, config, max_prompt_length, generation)
+    jobs: _Labels | _Answers | TokenJobs
+    encoded: list[tuple[int, ...]]
+    if scorer.answers == "tokens":
+        jobs = TokenJobs(model, tokenizer, task, config.batch_size, max_prompt_length, packing)
+        rows, encoded, settings = jobs.rows, jobs.prompts, {**settings, **jobs.settings}
+    else:
+        encoded = [
+            tuple(row.get("prompt_ids") or encode_prompt(row["prompt"], tokenizer, max_prompt_length, seq2seq))
+            for row in rows
+        ]
         if scorer.answers == "labels":
-            predictions = _by_likelihood(model, tokenizer, task, config, rows, encoded, order, bar, ranks)
+            jobs = _Labels(model, tokenizer, task, config, rows, encoded)
         else:
-            predictions = _by_generation(model, tokenizer, scorer, config, rows, encoded, order, bar, ranks)
-    settings: dict[str, Any] = {
-        "scorer": scorer.name,
-        "max_prompt_length": max_prompt_length,
-        "batch_size": config.batch_size,
-    }
-    if scorer.same is not None and task.labels:
-        settings["labels"] = list(task.labels)
-    if scorer.answers != "labels":
-        settings |= {"max_new_tokens": config.max_new_tokens, "do_sample": False, "num_beams": 1}
-    return make_cell(scorer.name, predictions, settings, f"task '{task.name}'")
+            jobs = _Answers(model, tokenizer, scorer, config, encoded, generation)
+    order = sorted(range(len(jobs.prompts)), key=lambda k: (-len(jobs.prompts[k]), k))
+    groups = work_groups(order, jobs.at_once)
+    found: dict[int, Any] = {}
+    if log is not None:
+        told = [settings, str(autocast_dtype), task.name, encoded]
+        found = _of_all_ranks(log.begin(hashlib.sha256(json.dumps(told).encode()).hexdigest()), ranks)
+    left = [group for group in groups if not all(k in found for k in group)]
+    device = next(model.parameters()).device
+    processes = 1 if ranks is None else ranks.world_size
+    bar = tqdm(
+        total=len(order), initial=len(order) - sum(map(len, left)), desc=description or f"evaluating {task.name}",
+        leave=False, unit="row", disable=ranks is not None and not ranks.is_main,
+    )  # fmt: skip
+    autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    made: dict[int, Any] = {}
+    with bar, evaluating(model), torch.no_grad(), autocast:
+        for group in left if ranks is None else left[ranks.rank :: ranks.world_size]:
+            answers = jobs.work(group, lambda rows: bar.update(rows * processes))
+            made |= answers
+            if log is not None:
+                log.add(answers)
+    found |= _of_all_ranks(made, ranks)
+    predictions = [jobs.kept(i, row, found[k]) for i, (row, k) in enumerate(zip(rows, jobs.of_rows, strict=True))]
 
+    def score() -> dict[str, Any]:
+        cell = make_cell(scorer.name, predictions, settings, f"task '{task.name}'")
+        return {"metric": cell.metric, "score": cell.score, "n": cell.n, "others": cell.others}
 
-def make_cell(scorer: str, predictions: list[dict[str, Any]], settings: dict[str, Any], where: str = "") -> Cell:
-    """Score kept predictions; works without the model. `where` names their file or task in messages."""
-    found = score_rows(scorer, predictions, settings.get("labels"), where)
-    if scorer == "rouge_l":
-        found.details["exact_match"] = score_rows("exact_match", predictions, None, where).value
-    metric = SCORERS[scorer].metric or scorer
-    return Cell(metric, found.value, len(predictions), found.details, settings, predictions)
+    scored = score() if ranks is None else ranks.on_main(score)  # programs are run once, not by every rank
+    tokens = [found[k][0] for k in jobs.of_rows] if isinstance(jobs, _Answers) else None
+    return Cell(**scored, settings=settings, predictions=predictions, tokens=tokens)
 
 
 @contextmanager
@@ -158,60 +224,46 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-@contextmanager
-def using(model: Any, generation: GenerationConfig) -> Iterator[None]:
-    """Make `generation` the model's own for a while: `generate` fills what it takes for unset from there."""
-    owners: list[Any] = [m for m in (model, getattr(model, "base_model", None)) if hasattr(m, "generation_config")]
-    if hasattr(model, "get_base_model"):
-        owners.append(model.get_base_model())
-    before = [owner.generation_config for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = generation
-        yield
-    finally:
-        for owner, config in zip(owners, before, strict=True):
-            owner.generation_config = config
-
-
-def _left_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(len(s) for s in sequences)
-    ids, mask = [], []
-    for sequence in sequences:
-        fill = width - len(sequence)
-        padding, real = [pad] * fill, list(sequence)
-        ids.append(padding + real if left else real + padding)
-        mask.append([0] * fill + [1] * len(real) if left else [1] * len(real) + [0] * fill)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def _scorer_of(task: Task, config: EvaluationConfig) -> Scorer:
     """The scorer of a task, refused if evaluation cannot make what it scores."""
     scorer = get_scorer(task.scorer or config.scorer, f"task '{task.name}': scorer")
-    if scorer.answers == "tokens":
+    if scorer.samples > 1 and not config.temperature:
         raise InputError(
-            f"task '{task.name}': scorer '{scorer.name}' needs token log-likelihoods, which evaluation does not keep; "
-            "score rows with them by hf_continual.scorers.score"
-        )
-    if scorer.samples > 1:
-        raise InputError(
-            f"task '{task.name}': scorer '{scorer.name}' needs {scorer.samples} samples a row, and evaluation makes "
-            "one; use pass_at_1"
+            f"task '{task.name}': scorer '{scorer.name}' needs {scorer.samples} samples a row, and greedy ones are all "
+            "the same; set evaluation.temperature, such as 0.8, or use pass_at_1"
         )
     return scorer
 
 
-def _keep(index: int, row: Any, prediction: str, scorer: Scorer | None = None) -> dict[str, Any]:
+def _settings(
+    task: Task, scorer: Scorer, config: EvaluationConfig, max_prompt_length: int, generation: GenerationConfig | None
+) -> dict[str, Any]:
+    """How predictions are made; kept beside them."""
+    settings: dict[str, Any] = {
+        "scorer": scorer.name,
+        "max_prompt_length": max_prompt_length,
+        "batch_size": config.batch_size,
+    }
+    if scorer.same is not None and task.labels:
+        settings["labels"] = list(task.labels)
+    if scorer.answers in ("labels", "tokens"):
+        return settings
+    if generation is not None:
+        return {**settings, "generation": generation.to_diff_dict()}
+    settings |= {"max_new_tokens": config.max_new_tokens, "do_sample": bool(config.temperature), "num_beams": 1}
+    if config.temperature:
+        drawn = {"temperature": config.temperature, "top_p": config.top_p, "seed": config.seed}
+        settings |= {**drawn, "samples": scorer.samples}
+    return settings
+
+
+def _keep(index: int, row: Any, prediction: Any, scorer: Scorer) -> dict[str, Any]:
     """What is stored of a row: enough to score it again."""
-    columns = (*scorer.columns, *scorer.optional) if scorer is not None else ()
+    columns = (*scorer.columns, *scorer.optional)
     further = {column: row[column] for column in columns if row.get(column) is not None}
-    return {"index": index, "prediction": prediction, "references": references_of(row, f"row {index}"), **further}
-
-
-def _own_batches(order: Sequence[int], size: int, ranks: Processes | None) -> Iterator[Sequence[int]]:
-    """Every so many-th batch, whole: rows padded to another length may be answered differently."""
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    yield from batches if ranks is None else batches[ranks.rank :: ranks.world_size]
+    given = any(row.get(column) is not None for column in ("references", "completion"))
+    references = references_of(row, f"row {index}") if scorer.uses_references or given else []
+    return {"index": index, "prediction": prediction, "references": references, **further}
 
 
 def _of_all_ranks(own: dict[int, T], ranks: Processes | None) -> dict[int, T]:
@@ -229,100 +281,77 @@ def _of_all_ranks(own: dict[int, T], ranks: Processes | None) -> dict[int, T]:
     }
 
 
-def _by_generation(
-    model: Any,
-    tokenizer: Any,
-    scorer: Scorer,
-    config: EvaluationConfig,
-    rows: list[Any],
-    encoded: list[list[int]],
-    order: list[int],
-    bar: Any,
-    ranks: Processes | None,
-) -> list[dict[str, Any]]:
-    seq2seq = is_seq2seq(model)
-    device = next(model.parameters()).device
-    eos = model.generation_config.eos_token_id
-    eos = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
-    generation = GenerationConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=eos, use_cache=True,
-        decoder_start_token_id=model.generation_config.decoder_start_token_id if seq2seq else None,
-    )  # fmt: skip
-    answers: dict[int, str] = {}
-    for batch in _own_batches(order, config.batch_size, ranks):
-        ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
-        with using(model, generation):
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
-        if not seq2seq:
-            output = output[:, ids.shape[1] :]
-        for i, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[i] = text.rstrip() if scorer.answers == "code" else text.strip()  # code begins with its indentation
-        bar.update(len(batch) * (ranks.world_size if ranks is not None else 1))
-    answers = _of_all_ranks(answers, ranks)
-    return [_keep(i, row, answers[i], scorer) for i, row in enumerate(rows)]
+class _Answers:
+    """Answers to write: to each prompt once, or, drawn, for each row as many as its scorer needs."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, scorer: Scorer, config: EvaluationConfig, encoded: list[tuple[int, ...]],
+        generation: GenerationConfig | None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.scorer, self.length = tokenizer, scorer, config.max_new_tokens
+        self.draw = Draw(config.temperature, config.top_p, config.seed) if config.temperature else None
+        self.prompts = list(dict.fromkeys(encoded)) if self.draw is None else encoded
+        place = {ids: k for k, ids in enumerate(self.prompts)}
+        self.of_rows = [place[ids] for ids in encoded] if self.draw is None else list(range(len(encoded)))
+        self.at_once = max(1, config.batch_size // scorer.samples)
+        self.writer = Writer(model, tokenizer, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
+                             draw=self.draw, generation=generation)  # fmt: skip
+
+    def work(self, group: Sequence[int], done: Callable[[float], Any]) -> dict[int, Any]:
+        n = self.scorer.samples
+        numbers = [None if self.draw is None else self.draw.numbers(k, j, self.length) for k in group for j in range(n)]
+        prompts = [Prompt(self.prompts[k], drawn) for k, drawn in zip((k for k in group for _ in range(n)), numbers,
+                                                                      strict=True)]  # fmt: skip
+        answers = self.writer(prompts, lambda ended: done(ended / n))
+        return {k: answers[at * n : (at + 1) * n] for at, k in enumerate(group)}
+
+    def kept(self, index: int, row: Any, answers: list[list[int]]) -> dict[str, Any]:
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        # Code begins with its indentation.
+        texts = [text.rstrip() if self.scorer.answers == "code" else text.strip() for text in texts]
+        return _keep(index, row, texts if self.scorer.samples > 1 else texts[0], self.scorer)
 
 
-def _by_likelihood(
-    model: Any, tokenizer: Any, task: Task, config: EvaluationConfig, rows: list[Any], encoded: list[list[int]],
-    order: list[int], bar: Any, ranks: Processes | None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """argmax over labels of log p(label, end | prompt), with each prompt encoded once and shared by its labels."""
-    labels = list(task.labels or ())
-    if len(labels) < 2:
-        raise InputError(
-            f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task"
-        )
-    seq2seq = is_seq2seq(model)
-    device = next(model.parameters()).device
-    scores: dict[int, list[float]] = {}
-    size = max(1, config.batch_size // len(labels))
-    for batch in _own_batches(order, size, ranks):
-        ids, mask = _left_pad([encoded[i] for i in batch], tokenizer.pad_token_id, device, left=not seq2seq)
-        answers = [
-            encode_completion(label, rows[i]["prompt"], tokenizer, 10_000, seq2seq) for i in batch for label in labels
-        ]
-        target, target_mask = _left_pad(answers, tokenizer.pad_token_id, device, left=False)
-        n = len(labels)
-        many_mask = mask.repeat_interleave(n, 0)
-        if seq2seq:
-            encoder = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state.repeat_interleave(n, 0)
-            decoder_ids = _shift_right(model, target)
-            logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=encoder), attention_mask=many_mask,
-                           decoder_input_ids=decoder_ids).logits  # fmt: skip
-        else:
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-            cache = first.past_key_values
-            if not isinstance(cache, DynamicCache):
-                raise InputError("scorer 'label_likelihood' needs a model with a key-value cache; use exact_match")
-            cache.batch_repeat_interleave(n)
-            steps = torch.arange(target.shape[1] - 1, device=device)
-            logits = first.logits[:, -1:].repeat_interleave(n, 0)
-            if target.shape[1] > 1:
-                rest = model(
-                    input_ids=target[:, :-1], attention_mask=torch.cat([many_mask, target_mask[:, :-1]], 1),
-                    position_ids=positions[:, -1:].repeat_interleave(n, 0) + 1 + steps, past_key_values=cache,
-                ).logits  # fmt: skip
-                logits = torch.cat([logits, rest], 1)
-        token_scores = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        totals = (token_scores * target_mask).sum(-1).view(len(batch), n)
-        for i, row_scores in zip(batch, totals.tolist(), strict=True):
-            scores[i] = row_scores
-        bar.update(len(batch) * (ranks.world_size if ranks is not None else 1))
-    scores = _of_all_ranks(scores, ranks)
-    return [
-        {
-            **_keep(i, row, labels[max(range(len(labels)), key=lambda k, s=scores[i]: s[k])]),  # type: ignore[misc]
-            "log_likelihood": [round(s, 6) for s in scores[i]],
-        }
-        for i, row in enumerate(rows)
-    ]
+class _Labels:
+    """argmax over labels of log p(label, end | prompt), of each prompt once."""
 
+    def __init__(
+        self, model: Any, tokenizer: Any, task: Task, config: EvaluationConfig, rows: list[Any],
+        encoded: list[tuple[int, ...]],
+    ) -> None:  # fmt: skip
+        self.labels = list(task.labels or ())
+        self.scorer = get_scorer("label_likelihood")
+        if len(self.labels) < 2:
+            raise InputError(
+                f"task '{task.name}': scorer 'label_likelihood' needs its labels; add `labels: [a, b, ...]` to the task"
+            )
+        seq2seq = is_seq2seq(model)
+        known: dict[Any, tuple[tuple[int, ...], ...]] = {}
 
-def _shift_right(model: Any, target: Tensor) -> Tensor:
-    start = model.config.decoder_start_token_id
-    return torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], 1)
+        def tokens(prompt: Any) -> tuple[tuple[int, ...], ...]:
+            end = prompt[-1:] if isinstance(prompt, str) else None  # what stands before a label decides on a space
+            if end not in known:
+                known[end] = tuple(
+                    tuple(encode_completion(label, "" if end is None else end, tokenizer, 10_000, seq2seq))
+                    for label in self.labels
+                )
+            return known[end]
+
+        choices = [Choice(ids, tokens(row["prompt"])) for ids, row in zip(encoded, rows, strict=True)]
+        self.choices = list(dict.fromkeys(choices))
+        self.prompts = [choice.ids for choice in self.choices]
+        place = {choice: k for k, choice in enumerate(self.choices)}
+        self.of_rows = [place[choice] for choice in choices]
+        self.at_once = config.batch_size
+        self.chooser = Chooser(model, tokenizer, batch_size=config.batch_size)
+
+    def work(self, group: Sequence[int], done: Callable[[float], Any]) -> dict[int, Any]:
+        return dict(zip(group, self.chooser([self.choices[k] for k in group], done), strict=True))
+
+    def kept(self, index: int, row: Any, scores: list[float]) -> dict[str, Any]:
+        best = max(range(len(scores)), key=scores.__getitem__)
+        kept = _keep(index, row, self.labels[best], self.scorer)
+        return {**kept, "log_likelihood": [round(score, 6) for score in scores]}
 
 
 def check_task(task: Task, config: EvaluationConfig) -> None:

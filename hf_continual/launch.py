@@ -36,7 +36,16 @@ STATUS = "HF_CONTINUAL_LAUNCH_STATUS"
 """Environment variable: the folder in which each worker leaves its process id and how it ended."""
 OURS = ("config_file", "module", "no_python", "training_script", "training_script_args", "help")
 """Flags of `accelerate launch` that this package fills in itself."""
-RUN_OPTIONS = ("accelerate_config", "isolate_tasks", "only", "dry_run")
+RUN_OPTIONS = (
+    "accelerate_config",
+    "isolate_tasks",
+    "only",
+    "dry_run",
+    "with_bounds",
+    "with_padded_control",
+    "max_forgetting",
+    "on_violation",
+)
 """Options of `hf-continual run`, which a typing error may have meant."""
 NODE_FLAGS = ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "num_processes")
 PATIENCE = 5.0

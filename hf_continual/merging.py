@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from .distributed import refuse_partitioned
 from .errors import InputError, build, did_you_mean
 from .lora import LoraView
-from .models import ModelConfig, in_four_bits, load_model, load_tokenizer
+from .model_card import write_model_card
+from .models import ModelConfig, first_line, in_four_bits, is_masked, is_seq2seq, load_model, load_tokenizer
 from .run_state import RunDirectory, disk_full, read_json
 from .tasks import Task
 
@@ -143,7 +146,7 @@ def dequantize(model: Any) -> Any:
 def write_merged(run_dir: str | Path, out: str | Path, task: str | None = None) -> str:
     """Write the model after `task` (default: the last learnt) to `out`, in transformers layout. Returns the task.
 
-    Needs the run directory and the base model, not the data.
+    Needs the run directory and the base model, not the data. `README.md` there is the model card.
 
     Raises:
         InputError: if nothing is learnt, `out` is not empty, or the run was started from a model object in Python.
@@ -166,6 +169,8 @@ def write_merged(run_dir: str | Path, out: str | Path, task: str | None = None) 
     try:
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
+        kind = "fill-mask" if is_masked(model) else "text2text-generation" if is_seq2seq(model) else "text-generation"
+        write_model_card(directory.path, temporary, chosen.name, name=out.resolve().name, pipeline=kind)
         temporary.replace(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -173,6 +178,24 @@ def write_merged(run_dir: str | Path, out: str | Path, task: str | None = None) 
             raise InputError(f"-o {out}: it cannot be written ({error.strerror}); give another folder") from error
         raise
     return chosen.name
+
+
+def push_merged(folder: str | Path, repo_id: str) -> str:
+    """Upload a merged model with its card to the hub, as a private repository if it is new; returns its address.
+
+    Raises:
+        InputError: if the hub refuses or cannot be reached; the folder stays.
+    """
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=str(folder), commit_message="Upload the merged model")
+    except (OSError, ValueError, HTTPError) as error:
+        raise InputError(
+            f"--push_to_hub {repo_id}: the hub did not take it ({first_line(error)}); check the name and "
+            f"`hf auth login`, then upload {folder} with `hf upload {repo_id} {folder}`"
+        ) from error
+    return str(repo)
 
 
 def _load(directory: RunDirectory, folder: Path) -> tuple[Any, Any]:

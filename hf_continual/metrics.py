@@ -4,6 +4,10 @@
 `NaN` (or `None`) means "not evaluated". `T` is the number of tasks. "BWT" in two papers is often two formulas, so the
 variant is an argument, `METRICS` keeps the formula and the source of each, and `CONVENTIONS` which of them each paper
 or library reports, under the name it uses.
+
+In every formula more is better. Perplexities, of which less is better, enter them as `R[i, j] = -ln PPL[i, j]`, the
+mean log-likelihood of a token in nats (`oriented`): backward transfer below 0 and forgetting above 0 then say that a
+task got worse, as with accuracies, and a difference of 0.1 is a factor of 1.105 in perplexity wherever it begins.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import InputError, did_you_mean
+from .scorers import lower_is_better
 
 __all__ = [
     "CONVENTIONS",
@@ -28,6 +33,8 @@ __all__ = [
     "forgetting",
     "forward_transfer",
     "learning_accuracy",
+    "less_is_better",
+    "oriented",
     "summarize",
 ]
 
@@ -38,6 +45,32 @@ FORGETTING_VARIANTS = ("chaudhry", "all_rows", "sapt", "mammoth", "since_learned
 
 SAPT_SINGLE_TASK_MEAN = 0.5094
 """The mean single-task score that SAPT's score.py subtracts whatever it has loaded: 50.94 there, in percent."""
+
+
+def less_is_better(names: Iterable[str]) -> bool:
+    """Whether of all these scores less is better, as of perplexities.
+
+    Raises:
+        InputError: if of some less is better and of others more, so that their mean would be neither.
+    """
+    names = sorted(set(names))
+    small = [name for name in names if lower_is_better(name)]
+    if small and len(small) < len(names):
+        raise InputError(
+            f"some tasks are scored by {', '.join(small)}, where less is better, and some by "
+            f"{', '.join(name for name in names if name not in small)}, so that their mean is neither; choose one "
+            "--scorer, or read the tasks one by one"
+        )
+    return bool(small)
+
+
+def oriented(R: ArrayLike, less_is_better: bool) -> np.ndarray:
+    """The scores as the formulas take them: -ln of those of which less is better."""
+    values = np.array(R, dtype=float)
+    if not less_is_better:
+        return values
+    with np.errstate(divide="ignore"):
+        return -np.log(values)
 
 
 def average_performance(R: ArrayLike, sizes: ArrayLike | None = None, *, variant: str = "lopez-paz") -> float:
@@ -142,13 +175,22 @@ def learning_accuracy(R: ArrayLike) -> float:
     return _mean(score(j, j) for j in range(len(R)))
 
 
-def summarize(R: ArrayLike, baseline: ArrayLike | None = None) -> dict[str, float]:
+def summarize(R: ArrayLike, baseline: ArrayLike | None = None, names: Iterable[str] = ()) -> dict[str, float]:
     """The default variant of each metric, by name.
+
+    Args:
+        names: of the scores in `R`, such as `["exact_match"]`. Where of all less is better, the values are in nats
+            (`oriented`); where of some, there are none.
 
     A joint run (`R` is 1 x T) has only `average_performance`. `forward_transfer` is there if `baseline` is given and
     every R[j-1, j] was evaluated.
     """
-    R = _matrix(R)
+    try:
+        small = less_is_better(names)
+    except InputError:
+        return {}
+    R = oriented(_matrix(R), small)
+    baseline = oriented(baseline, small) if baseline is not None else None
     values = {"average_performance": average_performance(R)}
     if R.shape[0] == 1 and R.shape[1] > 1:
         return values
@@ -172,6 +214,7 @@ class MetricInfo:
             each) or `sizes` (number of evaluation rows); each one number a task.
         differs: in a few words, how it departs from the default variant of its family.
         lower_is_better: true for forgetting.
+        bounded: true if it has numbers of its own in it that only fit scores from 0 to 1.
     """
 
     id: str
@@ -181,6 +224,7 @@ class MetricInfo:
     needs: str = ""
     differs: str = ""
     lower_is_better: bool = False
+    bounded: bool = False
 
     @property
     def family(self) -> str:
@@ -287,6 +331,7 @@ METRICS: dict[str, MetricInfo] = {
             "code of SAPT (score.py, line 26: the constant 50.94, not the single-task scores it loads)",
             partial(forward_transfer, variant="sapt"),
             differs="each task after it was learned, minus the constant 50.94 whatever the tasks",
+            bounded=True,
         ),
         MetricInfo(
             "forgetting",
@@ -310,6 +355,7 @@ METRICS: dict[str, MetricInfo] = {
             partial(forgetting, variant="sapt"),
             differs="cells above the diagonal count as 0, which matters for scores below 0 only",
             lower_is_better=True,
+            bounded=True,
         ),
         MetricInfo(
             "forgetting/mammoth",
@@ -318,6 +364,7 @@ METRICS: dict[str, MetricInfo] = {
             partial(forgetting, variant="mammoth"),
             differs="the best score may be the last one: never below 0",
             lower_is_better=True,
+            bounded=True,
         ),
         MetricInfo(
             "forgetting/since_learned",

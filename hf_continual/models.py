@@ -24,8 +24,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -168,11 +170,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    config: ModelConfig, *, empty: bool = False, device: torch.device | str | None = None
+    config: ModelConfig, *, empty: bool = False, device: torch.device | str | None = None, masked: bool = False
 ) -> PreTrainedModel:
     """The model on the CPU; with `empty` on the meta device, without weights and unquantised, for checks.
 
     Args:
+        masked: with the head of a masked language model, for tasks of kind `mlm`.
         device: of a 4-bit model, which the Trainer does not move; by default this process's accelerator, if there is
             one. Others are always loaded on the CPU.
 
@@ -187,7 +190,15 @@ def load_model(
     revision = config.revision if config.gguf_file is None else None
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
-        auto = AutoModelForSeq2SeqLM if getattr(settings, "is_encoder_decoder", False) else AutoModelForCausalLM
+        seq2seq = getattr(settings, "is_encoder_decoder", False)
+        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        if masked:
+            auto = AutoModelForMaskedLM
+            if seq2seq or type(settings) not in MODEL_FOR_MASKED_LM_MAPPING:
+                raise InputError(
+                    f"model.name={config.name}: tasks of kind 'mlm' need a masked language model such as RoBERTa, and "
+                    f"this is of type '{settings.model_type}'; use kind: clm, or another model"
+                )
         kwargs: dict[str, Any] = {}
         if config.attn_implementation:
             kwargs["attn_implementation"] = config.attn_implementation
@@ -206,6 +217,8 @@ def load_model(
                 )
                 kwargs["device_map"] = {"": _device_of_this_process() if device is None else torch.device(device)}
             model = auto.from_pretrained(name, revision=revision, dtype=dtype, **kwargs)
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
         raise InputError(
             f"model.name={config.name}: the model could not be loaded ({first_line(error)}); {WHERE_MODELS_ARE}"
@@ -323,6 +336,30 @@ def is_seq2seq(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def is_masked(model: nn.Module) -> bool:
+    """Whether it is a masked language model, with or without adapters."""
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    if is_seq2seq(base):
+        return False
+    kind: Any = type(getattr(base, "config", None))
+    known: Any = MODEL_FOR_MASKED_LM_MAPPING.get(kind, ())
+    return isinstance(base, known) or type(base).__name__.endswith("ForMaskedLM")
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens of a text the model can tell apart; None for any number."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the position of the padding token.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(found, module.num_embeddings - module.padding_idx - 1)
+    return found
+
+
 def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) -> nn.Module:
     """Wrap the model with a LoRA adapter. What a 4-bit model has in other dtypes (norms, embeddings) becomes float32.
 
@@ -333,7 +370,8 @@ def apply_lora(model: PreTrainedModel, options: Mapping[str, Any] | LoraConfig) 
         config = copy.deepcopy(options)  # PEFT writes the model's name into it
     else:
         options = dict(options)
-        options.setdefault("task_type", "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM")
+        if not is_masked(model):  # of those PEFT knows no type
+            options.setdefault("task_type", "SEQ_2_SEQ_LM" if is_seq2seq(model) else "CAUSAL_LM")
         known = inspect.signature(LoraConfig).parameters
         for option in options:
             if option not in known:

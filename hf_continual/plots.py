@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import InputError
-from .run_scores import COLUMNS, RunScores, groups, mean_and_std, measure, percent
+from .general_report import general_line, read_general_log
+from .run_scores import COLUMNS, RunScores, groups, mean_and_std, measure, shown
+from .scorers import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +27,9 @@ def plot_matrix(run: RunScores, path: str | Path) -> Path:
     _heat_map(axes, run, run.R, run.baseline)
     axes.set_ylabel("after training", fontsize=9)
     axes.set_title(_plot_title(run.title if run.finished else f"{run.title} ({run.progress})", [run]), fontsize=10)
-    _colour_bar(figure, [axes])
+    if line := general_line(read_general_log(run.path)):
+        figure.supxlabel(textwrap.fill(line, int(16 * figure.get_figwidth())), fontsize=8)
+    _colour_bar(figure, [axes], [run])
     return save_figure(figure, path)
 
 
@@ -54,7 +59,7 @@ def plot_comparison(runs: Sequence[RunScores], path: str | Path) -> Path:
     for axes in list(grid.flat)[len(done) :]:
         axes.set_axis_off()
     if done:
-        _colour_bar(figure, list(grid.flat))
+        _colour_bar(figure, list(grid.flat), runs)
     if waiting:
         figure.supxlabel(f"not finished: {', '.join(waiting)}", fontsize=9)
     return save_figure(figure, path)
@@ -83,15 +88,17 @@ def _heat_map(
     if baseline is not None:
         cells, names = np.vstack([baseline, R]), ["base model", *names]
     colours = colormaps["YlGnBu"].with_extremes(bad="#f0f0f0")
-    axes.imshow(np.ma.masked_invalid(cells), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    kinds = [run.metrics.get(task, "") for task in run.eval_tasks]
+    shades = np.where([lower_is_better(kind) for kind in kinds], _to_the_best(cells), cells)
+    axes.imshow(np.ma.masked_invalid(shades), cmap=colours, vmin=0, vmax=1, aspect="auto")
     # Panels side by side keep the same cell size: a joint run has fewer rows and leaves the rest white.
     axes.set_ylim(max(height or 0, len(cells)) - 0.5, -0.5)
     size = 8 if cells.shape[1] <= 8 else 7
     style_cells(axes, names, run.eval_tasks, size, turn=40 if max(map(len, run.eval_tasks)) > 8 else 0)
     for (i, j), value in np.ndenumerate(cells):
         if not np.isnan(value):
-            colour = "white" if value > 0.55 else "#222222"
-            axes.text(j, i, percent(value), ha="center", va="center", fontsize=size, color=colour)
+            colour = "white" if shades[i, j] > 0.55 else "#222222"
+            axes.text(j, i, shown(kinds[j], value), ha="center", va="center", fontsize=size, color=colour)
     if not run.joint and R.shape[0] == R.shape[1]:
         shift = len(cells) - len(R)
         for j in range(len(R)):
@@ -99,6 +106,12 @@ def _heat_map(
             axes.add_patch(Rectangle(corner, 0.9, 0.84, fill=False, edgecolor="#f28e4c", linewidth=1.4, zorder=3))
     if baseline is not None:
         axes.axhline(0.5, color="white", linewidth=4)
+
+
+def _to_the_best(cells: np.ndarray) -> np.ndarray:
+    """The smallest number of each column over its numbers: 1 for the best where less is better."""
+    best = np.fmin.reduce(cells, axis=0)
+    return np.asarray(best / np.maximum(cells, 1e-12))
 
 
 def style_cells(
@@ -124,14 +137,18 @@ def style_cells(
     axes.set_yticks(range(len(rows)) if any(rows) else [], [short_name(name) for name in rows if name], fontsize=size)
 
 
-def _colour_bar(figure: Figure, axes: list[Axes]) -> None:
+def _colour_bar(figure: Figure, axes: list[Axes], runs: Sequence[RunScores]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     bar = figure.colorbar(ScalarMappable(Normalize(0, 100), "YlGnBu"), ax=axes, fraction=0.05, pad=0.02, aspect=25)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=8, length=0)
-    bar.set_label("score, %", fontsize=8)
+    small = sorted({kind for run in runs for kind in run.metrics.values() if lower_is_better(kind)})
+    plain = any(not lower_is_better(kind) for run in runs for kind in run.metrics.values()) or not small
+    parts = ["score, %"] if plain else []
+    parts += [f"best {kind} of the column / {kind}, %" for kind in small]
+    bar.set_label("; ".join(parts), fontsize=8)
 
 
 def _plot_title(name: str, runs: Sequence[RunScores]) -> str:
@@ -140,7 +157,8 @@ def _plot_title(name: str, runs: Sequence[RunScores]) -> str:
     for metric in ("average_performance", "backward_transfer"):
         values = [each[metric] for each in measured if metric in each]
         if values:
-            parts.append(f"{COLUMNS[metric]} {mean_and_std(values)}")
+            nats = " nats" if runs[0].unit == "nats" else ""
+            parts.append(f"{COLUMNS[metric]} {mean_and_std(values, runs[0].unit)}{nats}")
     return "\n".join([name, "   ".join(parts)]) if parts else name
 
 

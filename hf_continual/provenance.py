@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,19 @@ HARMLESS = {
 
 
 # Options that are younger than some run directories, with what was done before them.
-YOUNGER = {"model.load_in_4bit": False, "model.bnb_4bit_quant_type": "nf4", "model.bnb_4bit_use_double_quant": True}
+YOUNGER = {
+    "model.load_in_4bit": False,
+    "model.bnb_4bit_quant_type": "nf4",
+    "model.bnb_4bit_use_double_quant": True,
+    "data.pack": True,
+    "data.drop_last_block": True,
+    "data.mlm_probability": 0.15,
+    "evaluation.temperature": 0.0,
+    "evaluation.top_p": 1.0,
+    "evaluation.seed": 0,
+    "independent": False,
+    "methods.*.source": "past",
+}
 
 
 def versions() -> dict[str, str]:
@@ -97,7 +110,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
             path = f"{key}.{name}" if key else name
             if path in HARMLESS or path.startswith("training.logging"):
                 continue
-            before = YOUNGER.get(path)
+            before = YOUNGER.get(re.sub(r"\.\d+\.", ".*.", path))
             found = first_difference(old.get(name, before), new.get(name, before), path)
             if found:
                 return found

@@ -23,13 +23,17 @@ from peft import LoraConfig
 from .data import TASK_KEYS, load_task
 from .errors import InputError, build, did_you_mean, refuse_unknown
 from .evaluation import EvaluationConfig
+from .gate import make_gate
+from .general_ability import with_paths_below
 from .methods.base import MethodList
 from .models import ModelConfig
 from .run_state import RunDirectory, write_text
-from .streams import load_stream, stream_names
+from .streams import Stream, absolute_reference, find_stream, load_stream, stream_hash, stream_names
 from .task_queue import DataConfig, TaskQueue
 from .tasks import Task
 from .training_args import make_training_args
+from .yaml_files import overlay as _overlay
+from .yaml_files import parse_yaml, read_text
 
 SECTIONS = {
     "name": "what the run is called; default: the file's name",
@@ -39,54 +43,17 @@ SECTIONS = {
     "training": "training arguments, verbatim",
     "methods": "list of names or {name: ..., option: ...}",
     "tasks": "{stream: NAME, ...} or a list of task specifications",
-    "data": "max_prompt_length, max_completion_length",
-    "evaluation": "scorer, batch_size, max_new_tokens, unseen, base_model",
+    "data": "max_prompt_length, max_completion_length; for text: block_size, pack, drop_last_block, mlm_probability",
+    "evaluation": "scorer, batch_size, max_new_tokens, temperature, top_p, seed, unseen, base_model, general, lm_eval",
     "seed": "seed of the run; task i uses seed + i",
     "seeds": "several seeds: one run each",
     "joint": "true trains on all tasks at once, the upper bound",
+    "independent": "true trains each task alone from the base model, one model a task",
+    "gate": "max_forgetting, on_violation (stop, rollback, rehearse), measure, rehearsal_...",
     "trainer": "package.module:Class of your own trainer",
     "variants": "{name: {section: ...}}: one run each, with these sections laid over the recipe",
 }
 STREAM_KEYS = ("stream", "data_dir", "train_rows", "eval_rows", "scorer", "eval_split", "training", "order")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number and `no` as a word, as everyone expects of a learning rate and a strategy."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", node.start_mark)
-    return dict(zip(keys, [loader.construct_object(value, deep=True) for _, value in node.value], strict=True))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def recipe_files() -> dict[str, Path]:
@@ -179,7 +146,12 @@ class Run:
     seed: int
 
     def tasks(self) -> list[Task]:
-        return load_tasks(self.recipe["tasks"], self.base_dir, self.seed_of_data)
+        return load_tasks(self.recipe["tasks"], self.base_dir, self.seed_of_data, self.recipe["training"])
+
+    def named_stream(self, tasks: Sequence[Task]) -> dict[str, str] | None:
+        """Name and hash of the stream that the recipe names, of which `tasks` are all tasks."""
+        stream = stream_of(self.recipe["tasks"], self.base_dir)
+        return {"name": stream.name, "hash": stream_hash(tasks, stream)} if stream is not None else None
 
     @property
     def seed_of_data(self) -> int:
@@ -189,6 +161,7 @@ class Run:
     def queue(self) -> TaskQueue:
         """The task queue; tasks added to the run directory later are included."""
         tasks = self.tasks()
+        named_stream = self.named_stream(tasks)
         for spec in added_tasks(self.run_dir):
             tasks.append(load_task(spec, base_dir=self.base_dir, seed=self.seed_of_data))
         recipe = self.recipe
@@ -201,12 +174,15 @@ class Run:
             args=recipe["training"],
             peft_config=recipe["peft"],
             data=recipe["data"],
-            evaluation=recipe["evaluation"],
+            evaluation=with_paths_below(recipe["evaluation"], self.base_dir),
             seed=self.seed,
             joint=recipe["joint"],
+            independent=recipe["independent"],
+            gate=recipe.get("gate"),
             trainer_class=trainer_class,
             recipe={**recipe, "variant": self.variant, "base_dir": str(self.base_dir)},
             variant=self.variant,
+            named_stream=named_stream,
         )
 
 
@@ -218,13 +194,6 @@ def added_tasks(run_dir: Path) -> list[dict[str, Any]]:
     if not isinstance(added, list) or not all(isinstance(spec, dict) for spec in added):
         raise InputError(f"{path} is truncated or was edited; restore it: a list of tasks")
     return added
-
-
-def read_text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path} cannot be read ({error}); give a YAML file in UTF-8") from error
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -269,7 +238,12 @@ def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] 
                 raise InputError(f"seed={seed!r} must be a whole number")
             folder = root / str(variant) if variant is not None else root
             folder = folder / f"seed-{seed}" if seeds else folder
+            if isinstance(merged.get("tasks"), dict) and "stream" in merged["tasks"]:
+                reference = absolute_reference(merged["tasks"]["stream"], base_dir)
+                merged["tasks"] = {**merged["tasks"], "stream": reference}
             resolved = resolve({**merged, "seed": seed})
+            if variant is not None and (resolved["joint"] or resolved["independent"]):
+                resolved.pop("gate", None)  # which is for the variants that can forget
             runs.append(Run(resolved, folder, base_dir, None if variant is None else str(variant), seed))
     return runs
 
@@ -284,6 +258,9 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
             f"tasks: is missing; give a list of tasks or {{stream: NAME}} with one of {', '.join(stream_names())}"
         )
     model = {"name": recipe["model"]} if isinstance(recipe["model"], str) else recipe["model"]
+    stream = stream_of(recipe["tasks"])
+    if stream is not None:
+        recipe |= _over_stream(recipe, stream)
     resolved = {
         "name": str(recipe.get("name", "run")),
         "model": dataclasses.asdict(build(ModelConfig, model, "model")),
@@ -295,6 +272,7 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation": dataclasses.asdict(build(EvaluationConfig, recipe.get("evaluation") or {}, "evaluation")),
         "seed": recipe.get("seed", 42),
         "joint": recipe.get("joint", False),
+        "independent": recipe.get("independent", False),
         "trainer": recipe.get("trainer"),
     }
     if resolved["peft"] is not None:
@@ -312,8 +290,11 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     # What a recipe for GPUs says is checked on machines without one, too; training there is refused by the Trainer.
     elsewhere = {} if torch.accelerator.is_available() else {"use_cpu": True}
     make_training_args({"output_dir": "unused", **elsewhere, **resolved["training"]}, seq2seq=True)
-    if not isinstance(resolved["joint"], bool):
-        raise InputError(f"joint={resolved['joint']!r} must be true or false")
+    for bound in ("joint", "independent"):
+        if not isinstance(resolved[bound], bool):
+            raise InputError(f"{bound}={resolved[bound]!r} must be true or false")
+    if (gate := make_gate(recipe.get("gate"))) is not None:
+        resolved["gate"] = dataclasses.asdict(gate)
     if isinstance(resolved["methods"], (str, dict)):
         resolved["methods"] = [resolved["methods"]]
     if not isinstance(resolved["methods"], list):
@@ -346,31 +327,62 @@ def _check_tasks(tasks: Any) -> None:
         raise InputError(f"tasks={tasks!r} must be a list of tasks or {{stream: NAME}}")
 
 
-def load_tasks(tasks: Any, base_dir: Path, seed: int) -> list[Task]:
-    """The tasks of a recipe's `tasks:` section."""
+def stream_of(tasks: Any, base_dir: Path | None = None) -> Stream | None:
+    """The stream that a recipe's `tasks:` section names, if it names one."""
+    if not isinstance(tasks, Mapping) or "stream" not in tasks:
+        return None
+    return find_stream(tasks["stream"], base_dir)
+
+
+def _over_stream(recipe: Mapping[str, Any], stream: Stream) -> dict[str, Any]:
+    """The recipe's sections over the defaults that a stream has for them."""
+    sections = {}
+    for section, defaults in (
+        ("data", stream.lengths),
+        ("evaluation", stream.evaluation),
+        ("training", stream.training),
+    ):
+        own = recipe.get(section)
+        if defaults and (own is None or isinstance(own, Mapping)):
+            sections[section] = {**defaults, **(own or {})}
+    scorer = sections.get("evaluation", {}).get("scorer")
+    if scorer not in (None, EvaluationConfig.scorer) and all("scorer" in task for task in stream.tasks.values()):
+        raise InputError(
+            f"evaluation.scorer={scorer!r} has no effect, each task of the stream '{stream.name}' names its own; "
+            f"write tasks.scorer={scorer!r} to score all of them so"
+        )
+    return sections
+
+
+def load_tasks(tasks: Any, base_dir: Path, seed: int, training: Mapping[str, Any] | None = None) -> list[Task]:
+    """The tasks of a recipe's `tasks:` section.
+
+    Args:
+        training: the recipe's training arguments, which win over those that a stream has for its tasks.
+    """
     if isinstance(tasks, list):
         return [load_task(spec, base_dir=base_dir, seed=seed) for spec in tasks]
-    options = {k: v for k, v in tasks.items() if k not in ("stream", "training", "order")}
-    stream = load_stream(tasks["stream"], base_dir=base_dir, seed=seed, **options)
+    definition = find_stream(tasks["stream"], base_dir)
     changes = tasks.get("training") or {}
     if not isinstance(changes, dict) or not all(isinstance(c, dict) for c in changes.values()):
         raise InputError(f"tasks.training={changes!r} must map task names to training arguments")
     order = tasks.get("order")
-    if order is not None and not isinstance(order, list):
-        raise InputError(f"tasks.order={order!r} must be a list of task names")
-    for name, training in changes.items():
-        matching = [task for task in stream if task.name == name]
-        if not matching:
-            raise InputError(
-                f"tasks.training.{name}: the stream has no such task{did_you_mean(name, [t.name for t in stream])}"
-            )
-        matching[0].training = dict(training)
-    if tasks.get("order"):
-        by_name = {task.name: task for task in stream}
-        for name in tasks["order"]:
-            if name not in by_name:
-                raise InputError(f"tasks.order: the stream has no task '{name}'{did_you_mean(name, by_name)}")
-        stream = [by_name[name] for name in tasks["order"]]
+    if order is not None and not (isinstance(order, list) and order and len(set(map(str, order))) == len(order)):
+        raise InputError(f"tasks.order={order!r} must be a list of task names, each once")
+    for name in order or ():
+        if name not in definition.tasks:
+            raise InputError(f"tasks.order: the stream has no task '{name}'{did_you_mean(name, definition.tasks)}")
+    names = order or list(definition.tasks)
+    for name in changes:
+        if name not in names:
+            raise InputError(f"tasks.training.{name}: the stream has no such task{did_you_mean(name, names)}")
+    options = {k: v for k, v in tasks.items() if k not in ("stream", "training")}
+    stream = load_stream(definition, base_dir=base_dir, seed=seed, **options)
+    # A value that is the stream's own was written by nobody.
+    own = {k for k, v in (training or {}).items() if k not in definition.training or definition.training[k] != v}
+    for task in stream:
+        published = {k: v for k, v in task.training.items() if k not in own}
+        task.training = {**published, **changes.get(task.name, {})}
     return stream
 
 
@@ -392,7 +404,17 @@ def open_run(run_dir: str | Path) -> Run:
         raise InputError(
             f"{directory.path / 'recipe.yaml'} is truncated or was edited ({error}); restore it"
         ) from error
-    return Run(resolved, directory.path, base_dir, variant, resolved["seed"])
+    run = Run(resolved, directory.path, base_dir, variant, resolved["seed"])
+    if (directory.path / "queue.json").exists():  # which has the gate that was last in force
+        set_gate(run, directory.read_queue().get("gate"))
+    return run
+
+
+def set_gate(run: Run, gate: Any) -> None:
+    """Give a run this forgetting gate; None takes it away."""
+    run.recipe.pop("gate", None)
+    if (made := make_gate(gate)) is not None:
+        run.recipe["gate"] = dataclasses.asdict(made)
 
 
 def add_task(run_dir: str | Path, spec: Any) -> TaskQueue:
@@ -426,16 +448,6 @@ def with_absolute_paths(spec: Any, base_dir: Path) -> Any:
         return value
 
     return {k: absolute(v) if k in ("path", "data_dir", "data_files") else v for k, v in spec.items()}
-
-
-def _overlay(base: Any, over: Any) -> Any:
-    """Mappings are laid over key by key; anything else replaces."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return {
-            k: _overlay(base[k], over[k]) if k in base and k in over else copy.deepcopy(over.get(k, base.get(k)))
-            for k in [*base, *(k for k in over if k not in base)]
-        }
-    return copy.deepcopy(over)
 
 
 def _import_class(name: str) -> type[Any]:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 Policy = Literal["random", "first_n", "reservoir", "class_balanced", "herding"]
 """Which rows of a task are kept."""
+Source = Literal["past", "current_task"]
+"""Of which tasks the rows are that a method replays."""
+SOURCE_HELP = (
+    "past: stored rows of earlier tasks. current_task: as many rows of the present task in their place, without a "
+    "teacher's signals: the padded control, which shows how much of a gain is the old data's."
+)
 
 
 def buffer_size(rows: int, ratio: float, count: int | None) -> int:
@@ -84,6 +90,31 @@ def append_rows(buffer: datasets.Dataset | None, dataset: Any, rows: Sequence[in
     if isinstance(dataset, datasets.Dataset):
         kept = kept.cast(dataset.features)
     return kept if buffer is None else datasets.concatenate_datasets([buffer, kept.cast(buffer.features)])
+
+
+# -- of which tasks ----------------------------------------------------------------------------------------------------
+
+
+def check_source(source: Any) -> None:
+    """Refuse what is no [`Source`]."""
+    if source not in get_args(Source):
+        raise InputError(f"source={source!r} is unknown; choose {', '.join(get_args(Source))}")
+
+
+def replayed_rows(stored: datasets.Dataset | None, own: Any, source: str, seed: int) -> datasets.Dataset | None:
+    """The rows that a method replays: `stored`, or in the padded control as many of the present task.
+
+    Those are drawn at random, each once before any comes again, and have the columns and types of the stored ones.
+
+    Args:
+        own: the training rows of the present task.
+        seed: of the draw.
+    """
+    if stored is None or source == "past":
+        return stored
+    rounds = -(-len(stored) // len(own))
+    drawn = [row for number in range(rounds) for row in random_rows(len(own), len(own), seed + PADDING + number)]
+    return append_rows(None, own, drawn[: len(stored)]).cast(stored.features)
 
 
 # -- which rows --------------------------------------------------------------------------------------------------------
@@ -264,6 +295,8 @@ SIGNALS = "signals"
 AGAIN = "restore it from a backup, or learn its task again in another run directory"
 EVICTION = 1 << 40
 """Keeps the seeds of evictions apart from those of draws."""
+PADDING = 1 << 41
+"""Likewise those of the padded control."""
 
 
 class Signals(Protocol):

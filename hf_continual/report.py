@@ -15,7 +15,10 @@ from typing import Any
 from tabulate import tabulate
 
 from .attention_report import attention_section, read_report_attention
+from .bounds import BOUNDS, PADDED, add_independent, bounds_table, has_bounds
 from .errors import InputError
+from .gate import gate_section
+from .general_report import general_section, general_text
 from .metrics import CONVENTIONS, METRICS, find_convention
 from .plots import plot_comparison, plot_matrix
 from .run_scores import (
@@ -23,15 +26,20 @@ from .run_scores import (
     NO_VALUE,
     RunScores,
     add_single_task,
+    cited,
     compute,
     duplicates,
     find_runs,
     groups,
+    in_unit,
     load_run,
     mean_and_std,
     measure,
-    percent,
+    number,
+    refuse_mixed_streams,
+    shown,
 )
+from .scorers import lower_is_better
 from .skill_report import read_report_units, skill_section
 
 __all__ = [
@@ -50,14 +58,22 @@ __all__ = [
 
 
 def matrix_table(run: RunScores, tablefmt: str = "simple") -> str:
-    """The score matrix in percent: one row after each task, one column for each task evaluated."""
+    """The score matrix: one row after each task, one column for each task evaluated; percent, or plain perplexities."""
     tasks, columns = run.tasks, run.eval_tasks
     # Many long names do not fit a terminal side by side: number the columns and put the numbers beside the row names.
     if tablefmt != "github" and not run.joint and sum(map(len, columns)) > 80:
         tasks, columns = [f"{i} {name}" for i, name in enumerate(tasks)], [str(j) for j in range(len(columns))]
-    rows = [] if run.baseline is None else [["base model", *map(percent, run.baseline)]]
-    rows += [[task, *map(percent, scores)] for task, scores in zip(tasks, run.R, strict=True)]
+    kinds = [run.metrics.get(task, "") for task in run.eval_tasks]
+    rows = [] if run.baseline is None else [["base model", *map(shown, kinds, run.baseline)]]
+    rows += [[task, *map(shown, kinds, scores)] for task, scores in zip(tasks, run.R, strict=True)]
     return _table(rows, ["after training", *columns], tablefmt)
+
+
+def perplexity_table(run: RunScores, tablefmt: str = "simple") -> str:
+    """The perplexities of texts whose tasks are scored by end tasks, as in `matrix_table`."""
+    assert run.perplexity is not None
+    rows = [[task, *map(number, values)] for task, values in zip(run.tasks, run.perplexity, strict=True)]
+    return _table(rows, ["after training", *run.eval_tasks], tablefmt)
 
 
 def summary_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str:
@@ -79,14 +95,19 @@ def summary_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str:
             notes += [f"{run.title}: {problem}" for problem in problems]
         seeds = [run.seed for run in members if run.finished]
         notes += [f"{label}: seed {seed} is there {seeds.count(seed)} times" for seed in duplicates(seeds)]
-    if len({tuple(run.tasks) for run in runs if not run.joint}) > 1:
+    if len({tuple(run.tasks) for run in runs if run.sequential}) > 1:
         notes += [f"Order of {label}: {' > '.join(members[0].tasks)}" for label, members in grouped.items()]
 
     columns = [name for name in COLUMNS if any(name in measured for each in values.values() for measured in each)]
     rows = [
-        [label, len(each), *(mean_and_std([m[name] for m in each if name in m]) for name in columns)]
+        [
+            label,
+            len(each),
+            *(mean_and_std([m[name] for m in each if name in m], _unit(grouped[label])) for name in columns),
+        ]
         for label, each in values.items()
     ]
+    notes += _units(runs)
     table = _table(rows, ["variant", "seeds", *(COLUMNS[name] for name in columns)], tablefmt)
     if not notes:
         return table
@@ -97,7 +118,7 @@ def summary_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str:
 def _variants_table(runs: Sequence[RunScores], tablefmt: str = "github") -> str:
     """Every metric of the registry in percent, mean over seeds: one row a definition, one column a variant."""
     grouped = {
-        label: [run for run in members if run.finished and not run.joint] for label, members in groups(runs).items()
+        label: [run for run in members if run.finished and run.sequential] for label, members in groups(runs).items()
     }
     grouped = {label: members for label, members in grouped.items() if members}
     rows = []
@@ -105,7 +126,7 @@ def _variants_table(runs: Sequence[RunScores], tablefmt: str = "github") -> str:
         cells = []
         for members in grouped.values():
             try:
-                cells.append(percent(statistics.fmean(compute(run, info) for run in members)))
+                cells.append(in_unit(_unit(members))(statistics.fmean(compute(run, info) for run in members)))
             except InputError:
                 cells.append(NO_VALUE)
         rows.append([f"`{info.id}`", *cells, f"`{info.formula}`", info.source])
@@ -129,7 +150,7 @@ def convention_table(runs: Sequence[RunScores], convention: str, tablefmt: str =
             f"Not finished, not in the means: {run.title} ({run.progress})" for run in members if run not in counted
         ]
         cells, reasons = _values(counted, list(found.metrics.values()))
-        columns[label] = [mean_and_std(cells[id]) for id in found.metrics.values()]
+        columns[label] = [mean_and_std(cells[id], _unit(members)) for id in found.metrics.values()]
         names = {id: name for name, id in found.metrics.items()}
         notes += [f"{label}: no {names[id]}: {reason}" for id, reason in reasons.items()]
     rows = [
@@ -153,7 +174,7 @@ def differences_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> st
         for name, id in convention.metrics.items():
             used.setdefault(id, []).append(f"{convention.id} {name}")
     grouped = {
-        label: [run for run in members if not run.joint and (run.finished or len(runs) == 1)]
+        label: [run for run in members if run.sequential and (run.finished or len(runs) == 1)]
         for label, members in groups(runs).items()
     }
     grouped = {label: members for label, members in grouped.items() if members}
@@ -164,7 +185,7 @@ def differences_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> st
     for label, members in grouped.items():
         cells, reasons = _values(members, list(METRICS))
         for id in METRICS:
-            values[id][label] = percent(statistics.fmean(cells[id])) if cells[id] else NO_VALUE
+            values[id][label] = in_unit(_unit(members))(statistics.fmean(cells[id])) if cells[id] else NO_VALUE
         missing |= {id: reason for id, reason in reasons.items() if id in used and id not in missing}
 
     rows, notes = [], []
@@ -190,7 +211,20 @@ def differences_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> st
 
 
 def _headers(labels: Iterable[str], runs: Sequence[RunScores]) -> list[str]:
-    return ["percent"] if len(runs) == 1 else list(labels)
+    return [runs[0].unit] if len(runs) == 1 else list(labels)
+
+
+def _unit(runs: Sequence[RunScores]) -> str:
+    return runs[0].unit if runs else "percent"
+
+
+def _units(runs: Sequence[RunScores]) -> list[str]:
+    """What to know of metrics that are not in percent."""
+    small = list(dict.fromkeys(run.label for run in runs if run.unit == "nats"))
+    if not small:
+        return []
+    whose = "" if len(small) == len({run.label for run in runs}) else f" of {', '.join(small)}"
+    return [f"In nats{whose}: {_NATS}"]
 
 
 def _values(runs: Sequence[RunScores], ids: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -240,9 +274,11 @@ def write_report(
     path = Path(path)
     out = path if out is None else Path(out)
     runs = [load_run(each, scorer) for each in find_runs(path)]
+    refuse_mixed_streams(runs)
     if single_task is not None:
         add_single_task(runs, single_task, scorer)
-    single = runs[0].path == path
+    add_independent(runs)
+    single = len(runs) == 1 and runs[0].path == path
     units, attention = read_report_units(runs), read_report_attention(runs)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
 
@@ -253,23 +289,35 @@ def write_report(
         if not run.finished:
             blocks.append(f"**Not finished**: {run.progress}. The metrics below are over the finished tasks only.")
         blocks += ["## Scores", _matrix_caption(run), matrix_table(run, "github"), "![score matrix](matrix.png)"]
+        blocks += _perplexity_blocks(run)
         blocks += ["## Metrics", _run_metrics(run)]
+        blocks += _gate_blocks(runs)
     else:
         plot_comparison(runs, out / "comparison.png")
-        caption = "Percent; mean over seeds, ± sample standard deviation where there are several."
+        unit = "Percent; mean" if all(run.unit == "percent" for run in runs) else "Mean"
+        caption = f"{unit} over seeds, ± sample standard deviation where there are several."
         blocks += ["## Summary", caption, summary_table(runs, "github"), "![comparison](comparison.png)"]
+        if has_bounds(runs):
+            blocks += ["## Bounds and controls", bounds_table(runs, "github")]
+        blocks += _gate_blocks(runs)
         blocks.append("## Runs")
         for run in runs:
             state = "" if run.finished else f" (not finished: {run.progress})"
             blocks += [f"### {run.title}{state}", f"`{run.path}`", _matrix_caption(run), matrix_table(run, "github")]
+            blocks += _perplexity_blocks(run)
 
+    blocks += general_section(runs, single)
     blocks += skill_section(runs, units, out, single) + attention_section(runs, attention, out, single)
     if convention != "default":
         blocks += [f"## Convention: {convention}", convention_table(runs, convention, "github")]
         blocks += ["## Where conventions differ", differences_table(runs, "github")]
     blocks += ["## Formulas", _FORMULAS]
-    blocks += ["Percent, mean over the finished runs, by every definition this package knows:", _variants_table(runs)]
+    unit = "Percent, mean" if all(run.unit == "percent" for run in runs) else "Mean"
+    blocks += [f"{unit} over the finished runs, by every definition this package knows:", _variants_table(runs)]
     blocks += ["## Predictions", _predictions(runs)]
+    streams = _streams(runs)
+    if streams:
+        blocks += ["## Streams", streams]
     versions = _versions(runs)
     if versions:
         blocks += ["## Versions", versions]
@@ -291,22 +339,53 @@ def print_report(
     runs = [load_run(each, scorer) for each in find_runs(path)]
     if single_task is not None:
         add_single_task(runs, single_task, scorer)
+    add_independent(runs)  # what it could not use is said below the table of bounds
     for run in runs:
         state = "" if run.finished else f" (not finished: {run.progress})"
-        print(f"{run.title}{state}: {', '.join(sorted(set(run.metrics.values()))) or 'no scores yet'}, percent")
+        print(f"{run.title}{state}: {_scores_of(run)}")
         print(matrix_table(run), end="\n\n")
-    single = runs[0].path == Path(path)
+        if run.perplexity is not None:
+            print(_PERPLEXITIES, perplexity_table(run), sep="\n", end="\n\n")
+    single = len(runs) == 1 and runs[0].path == Path(path)
+    for block in gate_section(runs, "simple"):
+        print(block, end="\n\n")
     print(_run_metrics(runs[0], "simple") if single else summary_table(runs), end="\n\n")
+    if has_bounds(runs):
+        print(bounds_table(runs), end="\n\n")
+    if text := general_text(runs, single):
+        print(text, end="\n\n")
     if convention != "default":
         print(convention_table(runs, convention), "Where conventions differ:", differences_table(runs), sep="\n\n")
         print()
     print(f"Report: {report}")
 
 
+def _gate_blocks(runs: Sequence[RunScores]) -> list[str]:
+    blocks = gate_section(runs)
+    return ["## Forgetting gate", *blocks] if blocks else []
+
+
+_PERPLEXITIES = "Perplexity of the texts, whose scores above are those of their end tasks (less is better):"
+_NATS = (
+    "perplexity is better when smaller, and R[i, j] in the formulas is -ln of it, so that BWT below 0 and F above 0 "
+    "mean that texts are predicted worse than before; exp(-AP) is the geometric mean of the perplexities."
+)
 _FORMULAS = """\
 `R[i, j]` is the score on task `j` after training task `i`, both from 0; `T` is the number of tasks; `baseline` is the
 base model before any task. AP = average performance, BWT = backward transfer (below 0: forgetting), LA = learning
 accuracy (each task just after it was learned; framed in the plots), F = forgetting, FWT = forward transfer."""
+
+
+def _scores_of(run: RunScores) -> str:
+    """Which scores a run has, in what they are shown, and where less is better."""
+    kinds = sorted(set(run.metrics.values()))
+    if not any(map(lower_is_better, kinds)):
+        return f"{', '.join(kinds) or 'no scores yet'}, percent"
+    return ", ".join(f"{kind} (less is better)" if lower_is_better(kind) else f"{kind}, percent" for kind in kinds)
+
+
+def _perplexity_blocks(run: RunScores) -> list[str]:
+    return [] if run.perplexity is None else [_PERPLEXITIES, perplexity_table(run, "github")]
 
 
 def _matrix_caption(run: RunScores) -> str:
@@ -317,7 +396,23 @@ def _matrix_caption(run: RunScores) -> str:
         scored = next(iter(kinds))
     else:
         scored = "; ".join(f"{name}: {run.metrics[name]}, n = {run.sizes[name]}" for name in run.metrics)
-    return f"Percent. Rows: the task trained last. Columns: the task evaluated ({scored})."
+    small = sorted({metric for metric in run.metrics.values() if lower_is_better(metric)})
+    direction = f" Of {', '.join(small)}, which is no percentage, less is better." if small else ""
+    of_all = "" if small and not run.mixes else "Percent. "
+    counts = [f"{name} {run.outside[name]} of {run.sizes[name]}" for name in run.metrics if run.outside.get(name)]
+    outside = f" Evaluation rows answered outside the labels, which are wrong: {', '.join(counts)}." if counts else ""
+    what = f"Rows: the task trained last. Columns: the task evaluated ({scored})."
+    return f"{of_all}{what}{direction}{outside}{_strays(run)}"
+
+
+def _strays(run: RunScores) -> str:
+    """How many predictions were none of the labels: answers of another task, often, or of no task."""
+    told = []
+    for task in run.eval_tasks:
+        after = run.strays.get(task, {})
+        if any(after.values()):
+            told.append(f"{task} {', '.join(str(after[i]) for i in sorted(after))} of {run.sizes[task]}")
+    return f" Predictions outside the labels, after one task and the next: {'; '.join(told)}." if told else ""
 
 
 def _run_metrics(run: RunScores, tablefmt: str = "github") -> str:
@@ -325,10 +420,12 @@ def _run_metrics(run: RunScores, tablefmt: str = "github") -> str:
     values, problems = measure(run)
     if not values and not problems:
         return "No task is finished yet."
-    rows = [[f"{name.replace('_', ' ')} ({COLUMNS[name]})", percent(value)] for name, value in values.items()]
+    write = in_unit(run.unit)
+    rows = [[f"{name.replace('_', ' ')} ({COLUMNS[name]})", write(value)] for name, value in values.items()]
     bullet = "- " if tablefmt == "github" else ""
-    table = _table(rows, ["metric", "percent"], tablefmt)
-    return "\n".join([table, *([""] if problems else []), *(bullet + problem for problem in problems)])
+    table = _table(rows, ["metric", run.unit], tablefmt)
+    notes = [*problems, *_units([run])]
+    return "\n".join([table, *([""] if notes else []), *(bullet + note for note in notes)])
 
 
 def _predictions(runs: Sequence[RunScores]) -> str:
@@ -339,11 +436,27 @@ def _predictions(runs: Sequence[RunScores]) -> str:
             file
             for file in sorted(run.path.rglob("*.jsonl"))
             if any("prediction" in part for part in file.relative_to(run.path).parts)
+            and not _of_another_run(file.relative_to(run.path).parts[0])
         ]
         folders = list(dict.fromkeys(file.parent for file in files))
         places = [f"`{folder}` ({sum(f.parent == folder for f in files)})" for folder in folders]
         lines.append(f"- {run.title}: {', '.join(places) or 'no prediction files'}")
     return "\n".join(lines)
+
+
+def _of_another_run(folder: str) -> bool:
+    return folder in BOUNDS or folder.endswith(PADDED)
+
+
+def _streams(runs: Sequence[RunScores]) -> str:
+    """One line for each stream, as it is cited; names the runs if there are several."""
+    sets: dict[str, list[str]] = {}
+    for run in runs:
+        if run.stream is not None:
+            sets.setdefault(cited(run), []).append(run.title)
+    if len(sets) == 1:
+        return f"`{next(iter(sets))}`"
+    return "\n".join(f"- `{name}`: {', '.join(titles)}" for name, titles in sets.items())
 
 
 def _versions(runs: Sequence[RunScores]) -> str:

@@ -43,6 +43,7 @@ class RunModel:
         seed: of weights that are drawn.
         folder_of: where task `i` is committed.
         use_cpu: as in the training arguments; a 4-bit model stays on the device that it is loaded on.
+        masked: load it with the head of a masked language model.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class RunModel:
         seed: int,
         folder_of: Callable[[int], Path],
         use_cpu: bool = False,
+        masked: bool = False,
     ) -> None:
         if isinstance(source, str):
             source = ModelConfig(name=source)
         elif isinstance(source, Mapping):
             source = build(ModelConfig, source, "model")
         self.source, self.peft_config, self.seed = source, peft_config, seed
-        self._tokenizer, self._folder_of, self._use_cpu = tokenizer, folder_of, use_cpu
+        self._tokenizer, self._folder_of, self._use_cpu, self._masked = tokenizer, folder_of, use_cpu, masked
         self._model: nn.Module | None = None
         self._at: int | None = None
 
@@ -91,7 +93,8 @@ class RunModel:
         unset_hf_deepspeed_config()  # `from_pretrained` splits the weights while ZeRO-3's arguments are alive
         set_seed(self.seed)  # weights that a checkpoint lacks are drawn alike by every process of the run
         if isinstance(self.source, ModelConfig):
-            model = load_model(self.source, empty=empty, device="cpu" if self._use_cpu else None)
+            device = "cpu" if self._use_cpu else None
+            model = load_model(self.source, empty=empty, device=device, masked=self._masked)
             on_cpu = not empty and model.device.type == "cpu"
             if self.source.load_in_4bit and on_cpu and os.environ.get("RANK", "0") == "0":
                 _say_what_four_bits_lack()
@@ -133,16 +136,20 @@ class RunModel:
         """The model after task `index` (-1: before any), from memory or from its commit."""
         if self._model is None or self._at != index:
             self.release()
-            model = self.fresh()
-            if index != BEFORE_ANY_TASK:
-                folder = self._folder_of(index)
-                meta = read_json(folder / "model.json")
-                if meta["kind"] == "lora":
-                    LoraView(model).load(folder / "adapters", meta)
-                else:
-                    load_full(model, folder / "model")
-            self._model, self._at = model, index
+            self._model, self._at = self.load(index), index
         return self._model
+
+    def load(self, index: int) -> Any:
+        """The model after task `index` from its commit, for the caller alone."""
+        model = self.fresh()
+        if index != BEFORE_ANY_TASK:
+            folder = self._folder_of(index)
+            meta = read_json(folder / "model.json")
+            if meta["kind"] == "lora":
+                LoraView(model).load(folder / "adapters", meta)
+            else:
+                load_full(model, folder / "model")
+        return model
 
     def take(self, index: int) -> Any:
         """As `after`, for training in place: the model in memory is nobody's until `keep`."""

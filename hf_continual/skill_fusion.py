@@ -19,7 +19,17 @@ from .distributed import ALL_BACKENDS, GradView
 from .errors import InputError
 from .importance import ImportanceTracker, Normalisation, Order, accumulate, check_lengths, check_share, normalise
 from .methods.base import ContinualMethod, MethodContext, TrainingPhase
-from .replay import buffer_size, check_columns, check_rows, check_sizes, keep_rows
+from .replay import (
+    SOURCE_HELP,
+    Source,
+    buffer_size,
+    check_columns,
+    check_rows,
+    check_sizes,
+    check_source,
+    keep_rows,
+    replayed_rows,
+)
 from .units import SCHEMES, PairReduce, SkillUnits, fuse, fuse_products
 
 CASES = ("neither", "past", "current", "shared")
@@ -121,6 +131,7 @@ class SkillFusionConfig:
         default=None, metadata={"help": "Learning rate of the replay phase; default: that of the training."}
     )
     replay_seed: int = field(default=42, metadata={"help": "Seed of the rows that are kept."})
+    source: Source = field(default="past", metadata={"help": SOURCE_HELP})
 
     def __post_init__(self) -> None:
         for option in ("beta", "quantile"):
@@ -152,6 +163,7 @@ class SkillFusionConfig:
                 upper = ", at most 1" if option == "last_fraction" else ""
                 raise InputError(f"{option}={value!r} must be a number above 0{upper}")
         check_sizes(self.replay_ratio, self.replay_count, prefix="replay_")
+        check_source(self.source)
         if not isinstance(self.replay_seed, int) or isinstance(self.replay_seed, bool):
             raise InputError(f"replay_seed={self.replay_seed!r} must be a whole number")
         if not isinstance(self.keep_unmerged, bool):
@@ -322,9 +334,12 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
         options: dict[str, Any] = {"num_train_epochs": self.config.replay_epochs}
         if self.config.replay_learning_rate is not None:
             options["learning_rate"] = self.config.replay_learning_rate
-        self._replayed = f", then trained on {len(self.buffer_)} kept rows with {int((free == 0).sum())} units frozen"
+        seed = self.config.replay_seed + ctx.task.index
+        rows = replayed_rows(self.buffer_, self._current, self.config.source, seed)
+        kept = "kept rows" if self.config.source == "past" else "rows of this task in the place of kept ones"
+        self._replayed = f", then trained on {len(self.buffer_)} {kept} with {int((free == 0).sum())} units frozen"
         keep = {piece.name: piece.view(free) for piece in self._units.pieces}
-        return TrainingPhase(f"{self.name}/replay", self.buffer_, options, keep)
+        return TrainingPhase(f"{self.name}/replay", rows, options, keep)
 
     def on_task_end(self, ctx: MethodContext) -> None:
         if self._replays:

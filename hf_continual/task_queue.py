@@ -22,21 +22,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 
-from . import metrics
+from . import metrics, pretraining
 from .checkpoints import CheckpointSizes, usable_checkpoint
-from .collators import make_collator
 from .data import as_rows, content_hash
 from .distributed import Distributed, processes, release_engine
-from .errors import InputError, Interrupted, build, did_you_mean
+from .end_tasks import check_end_task, score_end_task
+from .errors import ForgettingLimit, InputError, Interrupted, build, did_you_mean
 from .evaluation import EvaluationConfig, check_task, evaluate_task
+from .gate import ForgettingGate, GateConfig, keeps_rows, make_gate
+from .general_ability import GeneralAbility, general_rows
 from .lora import LoraView
 from .methods.base import ContinualMethod, MethodContext, MethodList
 from .models import ModelConfig, first_line, is_seq2seq, library_bars
+from .perplexity import check_texts
 from .provenance import changed_arguments, first_difference, git_commit, plain, plain_peft, versions
 from .run_model import BEFORE_ANY_TASK, RunModel, training_device
+from .run_scores import shown
 from .run_state import RunDirectory, disk_full, peer_lost, try_json, write_json
 from .tasks import Task, check_stream
-from .tokenization import tokenize_dataset
+from .tokenization import Packing, tokenize_dataset
 from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer
 from .training_args import make_training_args
 
@@ -60,8 +64,34 @@ class DataConfig:
         default=512, metadata={"help": "Longer prompts lose text before their last line (MIGU: 512)."}
     )
     max_completion_length: int = field(default=50, metadata={"help": "Longer answers are cut (MIGU: 50)."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a row of plain text (kinds clm and mlm); default: the tokenizer's longest text, at most "
+            "1024 where it knows of none and never more than the model's positions (run_clm.py)."
+        },
+    )
+    pack: bool = field(
+        default=True,
+        metadata={"help": "Cut texts, one after another, into rows of block_size; false makes each text a row."},
+    )
+    drop_last_block: bool = field(
+        default=True, metadata={"help": "Leave out the tokens after the last whole row (run_clm.py)."}
+    )
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of the tokens that kind mlm masks, anew in each epoch (BERT: 0.15)."}
+    )
 
     def __post_init__(self) -> None:
+        size = self.block_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 4):
+            raise InputError(f"data.block_size={size!r} must be a whole number of tokens, at least 4")
+        for option in ("pack", "drop_last_block"):
+            if not isinstance(getattr(self, option), bool):
+                raise InputError(f"data.{option}={getattr(self, option)!r} must be true or false")
+        share = self.mlm_probability
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share < 1:
+            raise InputError(f"data.mlm_probability={share!r} must be a number between 0 and 1; BERT's is 0.15")
         for option in ("max_prompt_length", "max_completion_length"):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 4:
@@ -77,12 +107,14 @@ class QueueResult:
         R: (tasks, tasks) scores; R[i, j] = score on task j after task i, NaN where not evaluated. One row for `joint`.
         tasks: names, the columns of R.
         metrics: `average_performance`, `backward_transfer`, ... as far as R allows.
+        rejected: what the forgetting gate took out of the run, each as queue.json has it; no column of R.
     """
 
     run_dir: Path
     R: np.ndarray
     tasks: list[str]
     metrics: dict[str, float]
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _StopAtSignal(TrainerCallback):
@@ -131,9 +163,12 @@ class TaskQueue:
         data, evaluation: [`DataConfig`], [`EvaluationConfig`], or mappings with their options.
         seed: task `i` is trained with `seed + i`, so that new adapters do not all start from the same weights.
         joint: train once on all tasks together, the upper bound.
+        independent: learn each task alone from the base model, one model a task; R then has its diagonal only.
+        gate: the forgetting gate, [`GateConfig`] or its options, such as `{"max_forgetting": 0.05}`; None for none.
         trainer_class: a Trainer class built with [`ContinualMixin`].
         trainer_kwargs: further arguments for it, such as `callbacks` or `data_collator`.
         recipe, variant: recorded in the run directory.
+        named_stream: `name` and `hash` of the stream that `tasks` are of, recorded for reports.
 
     Raises:
         InputError: for anything that cannot work, before training.
@@ -157,17 +192,23 @@ class TaskQueue:
         trainer_kwargs: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
         variant: str | None = None,
+        independent: bool = False,
+        gate: GateConfig | Mapping[str, Any] | None = None,
+        named_stream: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = RunDirectory(run_dir)
         self._args = args if args is not None else {}
         self._data: DataConfig = build(DataConfig, data or {}, "data")
         self._evaluation: EvaluationConfig = build(EvaluationConfig, evaluation or {}, "evaluation")
+        self._general = GeneralAbility(self._evaluation)
         self._method_specs = [methods] if isinstance(methods, (str, Mapping)) else list(methods)
-        self.seed, self.joint, self.variant = seed, joint, variant
+        self.seed, self.joint, self.variant, self.independent = seed, joint, variant, independent
         self._trainer_class = trainer_class
         self._trainer_kwargs = dict(trainer_kwargs or {})
         self._recipe = recipe
+        self.named_stream = named_stream
         self._peft_config = peft_config
+        self._shape: Any = None
         self.model = RunModel(
             model,
             processing_class,
@@ -175,10 +216,15 @@ class TaskQueue:
             seed,
             lambda i: self.directory.task_folder(self.learnt_tasks[i]),
             use_cpu=bool((self._args if isinstance(self._args, Mapping) else vars(self._args)).get("use_cpu")),
+            masked=any(task.kind == "mlm" for task in tasks),
         )
         self.stream = [readable(task, i) for i, task in enumerate(tasks)]
         check_stream(self.stream)
-        MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
+        made = MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
+        self.rejected: list[dict[str, Any]] = []
+        self._gate_config = make_gate(gate)
+        self._gate = ForgettingGate(self, self._gate_config) if self._gate_config is not None else None
+        self._check_bounds_and_gate(made)
         for task in self.stream:
             self._check_task(task)
         self.processes = processes()
@@ -188,7 +234,63 @@ class TaskQueue:
         if options.get("methods"):
             raise InputError("training.methods: give the methods to the TaskQueue, as methods=[...]")
 
+    def _check_bounds_and_gate(self, methods: MethodList) -> None:
+        if self.joint and self.independent:
+            raise InputError("joint=True and independent=True are two different bounds; start one run for each")
+        if self.independent and any(method.name != "naive" for method in methods):
+            raise InputError(
+                f"independent=True learns each task from the base model, where method '{methods[0].name}' has no "
+                "earlier task to keep; give no methods"
+            )
+        if self._gate_config is None:
+            return
+        if self.joint or self.independent:
+            raise InputError(
+                f"gate.max_forgetting={self._gate_config.max_forgetting:g}: with "
+                f"{'joint' if self.joint else 'independent'}=True no task comes after another, so nothing can be "
+                "forgotten; leave the gate out"
+            )
+        if self._gate_config.rehearsal_source == "buffer" and not keeps_rows(methods):
+            raise InputError(
+                "gate.rehearsal_source='buffer' needs a method that keeps rows, such as replay; add one, or use "
+                "rehearsal_source: tasks"
+            )
+
     # -- the stream --------------------------------------------------------------------------------------------------
+
+    def leave_out(self, rejected: Sequence[Mapping[str, Any]]) -> None:
+        """Go on without the tasks that the gate has rejected; those after them move up."""
+        self.rejected = [dict(entry) for entry in rejected]
+        names = {entry["name"] for entry in rejected}
+        kept = [task for task in self.stream if task.name not in names]
+        if len(kept) < len(self.stream):
+            self.stream = [dataclasses.replace(task, index=i) for i, task in enumerate(kept)]
+
+    @property
+    def gated(self) -> bool:
+        """Whether a forgetting gate is in force."""
+        return self._gate is not None
+
+    def read_rejected(self) -> list[dict[str, Any]]:
+        """What queue.json lists as rejected."""
+        if not (self.directory.path / "queue.json").exists():
+            return []
+        rejected = self.directory.read_queue().get("rejected", [])
+        if not isinstance(rejected, list) or not all(
+            isinstance(e, dict) and {"name", "folder"} <= e.keys() for e in rejected
+        ):
+            raise InputError(
+                f"{self.directory.path / 'queue.json'} was edited: its rejected tasks are no list; restore it"
+            )
+        return rejected
+
+    def settle(self) -> None:
+        """Finish what the gate has begun to change in the run directory; rank 0 calls it."""
+        learnt = [task for task in self.learnt_tasks if self.directory.is_learnt(task)]
+        for entry in self.rejected:
+            self.directory.settle_rejected(entry, learnt, self.stream)
+        for task in self.learnt_tasks:
+            self.directory.take_rehearsed(task)
 
     @property
     def learnt_tasks(self) -> list[Task]:
@@ -196,7 +298,8 @@ class TaskQueue:
         if not self.joint:
             return self.stream
         parts = [task.train_dataset for task in self.stream]
-        return [Task(JOINT, train_dataset=_concatenate(parts), index=0)]
+        kind = pretraining.joint_kind(self.stream)
+        return [Task(JOINT, train_dataset=_concatenate(parts), index=0, kind=kind)]
 
     def add(self, task: Task, record: Callable[[], None] | None = None) -> None:
         """Append a task. It is learnt by the next `run()`, from the last commit, as if it had always been there.
@@ -208,6 +311,12 @@ class TaskQueue:
         """
         if self.joint:
             raise InputError("a joint run trains on all tasks at once; start a new run with the longer stream")
+        self.leave_out(self._on_main(self.read_rejected))
+        if task.name in {entry["name"] for entry in self.rejected}:
+            raise InputError(
+                f"run directory {self.directory.path}: task '{task.name}' was rejected by the forgetting gate; add it "
+                "under another name"
+            )
         stream = [*self.stream, readable(task, len(self.stream))]
         check_stream(stream)
         self._check_task(stream[-1])
@@ -254,12 +363,14 @@ class TaskQueue:
     def check(self) -> None:
         """Everything `run` checks before it trains, on a model without weights."""
         model = self.model.fresh(empty=True)
+        self._general.check(model, self.model.tokenizer)
         self._check_methods(model)
         for task in self.learnt_tasks:
             self._tokenized(task, is_seq2seq(model))  # says how many answers are cut
         for task in self.stream:
             check_task(task, self._evaluation)
         if self.directory.holds_learning:
+            self.leave_out(self.read_rejected())
             self._check_same_stream(self.directory.read_queue())
 
     def run(self, isolate_tasks: bool = False, one_task: bool = False) -> QueueResult:
@@ -273,6 +384,7 @@ class TaskQueue:
 
         Raises:
             InputError: for bad input, a full disk or a process that died; what is learnt stays.
+            ForgettingLimit: if the gate stops the queue; what is learnt stays.
             Interrupted: after SIGINT or SIGTERM to any process, with the current task's checkpoint saved.
         """
         self._check_launcher()
@@ -285,28 +397,39 @@ class TaskQueue:
     def _run(self, one_task: bool = False) -> bool:
         """Returns whether nothing is left to learn."""
         with self._locked(), self._signals(), self._clear_errors(), library_bars(False):
+            self.leave_out(self._on_main(self.read_rejected))
             cursor = self._on_main(self._open)
             tasks = self.learnt_tasks
+            for entry in self.rejected:
+                self._say(f"{self.directory.path}: task '{entry['name']}' was rejected by the gate and is left out")
             if cursor > len(tasks):
                 self._say(f"{self.directory.path}: {len(tasks)} task(s) learnt, {cursor - len(tasks)} added since")
                 return True
-            if cursor == len(tasks) and not self._cells_to_score(cursor):
-                self._on_main(lambda: self._write_queue(cursor))
-                self._say(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
-                return True
+            idle = cursor == len(tasks) and not self._cells_to_score(cursor) and not self._general_to_measure(cursor)
             self._evaluate_missing(cursor)
-            for index in range(cursor, len(tasks)):
-                if not self._on_main(lambda task=tasks[index]: self.directory.is_learnt(task)):  # type: ignore[misc]
-                    self._learn(tasks[index])
-                    if self.model.at != index:
+            cursor = self._judged(cursor, again=True)
+            if cursor == len(self.learnt_tasks):
+                self._on_main(lambda: self._write_queue(cursor))
+                if idle:
+                    self._say(f"{self.directory.path}: finished, {cursor} task(s) learnt; nothing to do")
+            while cursor < len(self.learnt_tasks):
+                task = self.learnt_tasks[cursor]
+                if not self._on_main(lambda task=task: self.directory.is_learnt(task)):  # type: ignore[misc]
+                    self._learn(task)
+                    if self.model.at != cursor:
                         gc.collect()  # of what held the model that is not kept
-                self._evaluate_missing(index + 1)
-                self._on_main(lambda learnt=index + 1: self._write_queue(learnt))  # type: ignore[misc]
+                self._evaluate_missing(cursor + 1)
+                cursor = self._judged(cursor + 1)
+                self._measure_general(cursor)  # the gate may have made an earlier task the last one
+                self._on_main(lambda learnt=cursor: self._write_queue(learnt))  # type: ignore[misc]
                 if one_task:
                     break
-            done = cursor == len(tasks) or index + 1 == len(tasks)
             self.model.release()
-            return done
+            return cursor == len(self.learnt_tasks)
+
+    def _judged(self, learnt: int, again: bool = False) -> int:
+        """How many of the learnt tasks stand before the gate."""
+        return learnt if self._gate is None else self._gate.after(learnt, again)
 
     def _check_launcher(self) -> None:
         args = self._args if isinstance(self._args, Mapping) else vars(self._args)
@@ -362,6 +485,8 @@ class TaskQueue:
                 raise Interrupted(answer["interrupted"])
             if "error" in answer:
                 raise InputError(answer["error"])
+            if "forgotten" in answer:
+                raise ForgettingLimit(answer["forgotten"])
             if "finished" not in answer:
                 raise InputError(
                     f"isolate_tasks: the process of a task ended with exit code {child.exitcode} before the task was "
@@ -388,10 +513,14 @@ class TaskQueue:
             "trainer_kwargs": self._trainer_kwargs,
             "recipe": self._recipe,
             "variant": self.variant,
+            "named_stream": self.named_stream,
+            "independent": self.independent,
+            "gate": self._gate_config,
         }
 
     def result(self) -> QueueResult:
         """The score matrix and metrics of what is learnt so far."""
+        self.leave_out(self.read_rejected())
         tasks = self.learnt_tasks
         rows = self.directory.cells([t for t in tasks if self.directory.is_learnt(t)], self.stream)
         R = np.full((len(tasks), len(self.stream)), np.nan)
@@ -402,8 +531,11 @@ class TaskQueue:
             else:
                 R[row["after_index"], row["task_index"]] = row["score"]
         base = None if np.isnan(baseline).any() else baseline
-        values = {} if np.isnan(R[-1]).any() else metrics.summarize(R, base)
-        return QueueResult(self.directory.path, R, [t.name for t in self.stream], values)
+        last = np.diagonal(R)[None] if self.independent else R
+        values = {} if np.isnan(last[-1]).any() else metrics.summarize(last, base, [row["metric"] for row in rows])
+        if self.independent:  # of one task as well, which nothing came before or after
+            values = {name: value for name, value in values.items() if name == "average_performance"}
+        return QueueResult(self.directory.path, R, [t.name for t in self.stream], values, self.rejected)
 
     def _open(self) -> int:
         """Create or verify the run directory; returns the cursor."""
@@ -416,6 +548,7 @@ class TaskQueue:
             return 0
         queue = self.directory.read_queue()
         self._check_same_stream(queue)
+        self.settle()
         cursor = int(queue["cursor"])
         for task in self.learnt_tasks[:cursor]:
             if not self.directory.is_learnt(task):
@@ -431,16 +564,20 @@ class TaskQueue:
             self._check_other_processes(queue)
         names = {task.name for task in [*self.stream, *self.learnt_tasks]}
         self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
+        self._general.check_stored(self.directory, learnt)
         for task in learnt:
             self.directory.check_task(task)
             self.directory.drop_work(task)  # left where a process died just after a commit
+        self.directory.drop_answers()
         if len(self.learnt_tasks) > len(queue["tasks"]):
             self._write_queue(cursor)  # a longer stream is recorded before it is learnt
         return cursor
 
     def check_model_early(self) -> None:
         """Load the model and try the methods on it, so that what cannot work leaves no run directory behind."""
-        self._check_methods(self.model.fresh(empty=True))
+        model = self.model.fresh(empty=True)
+        self._general.check(model, self.model.tokenizer)
+        self._check_methods(model)
         self.model.after(BEFORE_ANY_TASK)
 
     def _check_methods(self, model: Any) -> None:
@@ -453,7 +590,19 @@ class TaskQueue:
                 model, task, Distributed(), LoraView(model), TrainerState(), 0, lambda n, v: None, args=args
             )
             methods.check(ctx)
+            for method in methods:
+                pretraining.check_method(method, task)
             methods.on_task_begin(ctx)
+        for task in self.stream:
+            pretraining.check_model(task, model, self.model.tokenizer)
+            if task.is_text:
+                packing = pretraining.packing_of(task, self._data, model, self.model.tokenizer)
+                check_texts(task, model, self.model.tokenizer, packing)
+            if task.end_task is not None:
+                check_end_task(task.end_task, task.name, self._evaluation, self._plain_args(), model)
+
+    def _plain_args(self) -> Mapping[str, Any]:
+        return self._args if isinstance(self._args, Mapping) else vars(self._args)
 
     def _description(self) -> dict[str, Any]:
         """What a run started from Python records as its recipe."""
@@ -469,10 +618,14 @@ class TaskQueue:
             "evaluation": dataclasses.asdict(self._evaluation),
             "tasks": [task.name for task in self.stream],
             "seed": self.seed,
+            **({"independent": True} if self.independent else {}),
         }
 
-    def _write_queue(self, cursor: int, before: Mapping[str, Any] | None = None) -> None:
-        """`before`: the queue.json whose processes and batches stay, for what does not train."""
+    def _write_queue(self, cursor: int, before: Mapping[str, Any] | None = None, scores: bool = True) -> None:
+        """`before`: the queue.json whose processes and batches stay, for what does not train.
+
+        `scores`: write scores.jsonl first.
+        """
         learnt = self.learnt_tasks
         tasks: list[dict[str, Any]] = [
             {"name": t.name, "folder": t.folder, "rows": len(t.train_dataset), "hash": content_hash(t.train_dataset)}
@@ -487,7 +640,9 @@ class TaskQueue:
                 entry["step"] = step
         scored = [t for t in self.stream]
         done = [t for t in learnt if self.directory.is_learnt(t)]
-        self.directory.write_scores(self.directory.cells(done, scored))
+        if scores:
+            self.directory.write_scores(self.directory.cells(done, scored))
+            self.directory.write_general_log(general_rows(self.directory, done))
         self.directory.write_queue(
             {
                 "tasks": tasks,
@@ -497,20 +652,48 @@ class TaskQueue:
                 "finished": cursor == len(tasks),
                 "joint": self.joint,
                 "variant": self.variant,
+                **({"stream": dict(self.named_stream)} if self.named_stream is not None else {}),
                 "seed": self.seed,
                 "world_size": (before or {}).get("world_size", self.processes.world_size),
                 "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
                 "versions": versions(),
                 "git": git_commit(),
                 "recipe_sha256": self.directory.recipe_checksum(),
+                **self._bounds_and_gate(done),
             }
         )
+
+    def _bounds_and_gate(self, done: Sequence[Task]) -> dict[str, Any]:
+        """What queue.json says of them, where they are used."""
+        gate = dataclasses.asdict(self._gate_config) if self._gate_config is not None else None
+        rehearsals = {task.name: self.directory.rehearsals(task) for task in done}
+        found = {
+            "independent": self.independent,
+            "gate": gate,
+            "rejected": self.rejected,
+            "rehearsals": {name: count for name, count in rehearsals.items() if count},
+        }
+        return {key: value for key, value in found.items() if value}
 
     def _evaluation_of(self, task: Task) -> dict[str, Any]:
         """What a task is scored on; it must stay the same for the scores of one matrix to be comparable."""
         labels = list(task.labels) if task.labels is not None else None
         scorer = task.scorer or self._evaluation.scorer
-        return {"task": task.name, "hash": content_hash(task.eval_dataset), "scorer": scorer, "labels": labels}
+        own: dict[str, Any] = {
+            "task": task.name, "hash": content_hash(task.eval_dataset), "scorer": scorer, "labels": labels
+        }  # fmt: skip
+        if task.kind != "completion":
+            own["kind"] = task.kind
+        if task.end_task is not None:
+            end = task.end_task
+            own["end_task"] = {
+                **self._evaluation_of(end),
+                "rows": content_hash(end.train_dataset),
+                "training": plain(dict(end.training)),
+                "seeds": list(end.seeds),
+                "peft": plain_peft(end.peft),
+            }
+        return own
 
     def _check_same_stream(self, queue: Mapping[str, Any]) -> None:
         where = f"run directory {self.directory.path}"
@@ -537,8 +720,10 @@ class TaskQueue:
                     "was started with; use another run directory"
                 )
         for stored, task in zip(queue.get("evaluation", ()), self.stream, strict=False):
-            for key, what in (("hash", "evaluation rows"), ("scorer", "scorer"), ("labels", "labels")):
-                if stored[key] != self._evaluation_of(task)[key]:
+            compared = {"hash": "evaluation rows", "scorer": "scorer", "labels": "labels", "kind": "kind",
+                        "end_task": "end task"}  # fmt: skip
+            for key, what in compared.items():
+                if stored.get(key) != self._evaluation_of(task).get(key):
                     raise InputError(
                         f"{where} belongs to another recipe: the {what} of task '{task.name}' differ from those it was "
                         "started with, and scores of both would not compare; use another run directory"
@@ -558,6 +743,8 @@ class TaskQueue:
                 "changed recipe in another run directory"
             )
         recipe = plain(dict(self._recipe) if self._recipe is not None else self._description())
+        # What the gate allows may change at any time: it decides whether to go on, not how a task is learnt.
+        stored_recipe, recipe = ({k: v for k, v in r.items() if k != "gate"} for r in (stored_recipe, recipe))
         if queue.get("world_size", 1) != self.processes.world_size:  # `_check_other_processes` looks at these
             stored_recipe, recipe = _without_batches(stored_recipe), _without_batches(recipe)
         difference = first_difference(stored_recipe, recipe)
@@ -574,9 +761,9 @@ class TaskQueue:
         batch, accumulation = (int(self._option(task, name, default)) for name, default in BATCHES.items())
         return {"processes": self.processes.world_size, "batch": batch, "accumulation": accumulation}
 
-    def _option(self, task: Task, name: str, default: Any = None) -> Any:
+    def _option(self, task: Task | None, name: str, default: Any = None) -> Any:
         given = self._args if isinstance(self._args, Mapping) else vars(self._args)
-        return {**given, **task.training}.get(name, default)
+        return {**given, **(task.training if task is not None else {})}.get(name, default)
 
     def _check_other_processes(self, queue: Mapping[str, Any]) -> None:
         """Refuse, between two tasks, another number of processes under which a step would see other rows."""
@@ -615,7 +802,9 @@ class TaskQueue:
                 )
             ]
             order = str(self._option(task, "train_sampling_strategy", "random"))
-            if own_rows:
+            if task.is_text:
+                why = "the texts are cut into rows, whose number may be no multiple of those that the processes take"
+            elif own_rows:
                 why = f"method '{own_rows[0]}' spreads its stored rows over the processes"
             elif order not in ("random", "sequential"):
                 why = f"training.train_sampling_strategy='{order}' groups the rows by process"
@@ -635,35 +824,17 @@ class TaskQueue:
         """Train, merge and commit one task."""
         total = len(self.learnt_tasks)
         self._say(f"\n== task {task.index + 1}/{total}: {task.name} ({len(task.train_dataset)} rows) ==")
-        tokenizer = self.model.tokenizer
-        train_dataset = self._tokenized(task, is_seq2seq(self.model.after(task.index - 1)))
-        model = self.model.take(task.index - 1)
+        start = BEFORE_ANY_TASK if self.independent else task.index - 1
+        train_dataset = self._tokenized(task, is_seq2seq(self.model.after(start)))
+        model = self.model.take(start)
         methods = MethodList(copy.deepcopy(self._method_specs))
-        if task.index > 0:
+        if task.index > 0 and not self.independent:
             methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
         seq2seq = is_seq2seq(model)
         args = self._training_args(task, seq2seq)
         if self.processes.world_size > 1 and args.save_total_limit == 1:
             args.save_total_limit = 2  # the Trainer removes the last one before the ranks have noted the new one whole
-        trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
-        if not issubclass(trainer_class, ContinualMixin):
-            raise InputError(
-                f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, "
-                f"{trainer_class.__name__})"
-            )
-        kwargs: dict[str, Any] = {"data_collator": make_collator(tokenizer, model, seq2seq), **self._trainer_kwargs}
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self._stop, CheckpointSizes()]
-        trainer = trainer_class(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            methods=methods,
-            task=task,
-            **kwargs,
-        )
-        self._stop.trainer = trainer
-        trainer.seeds_per_task = True
+        trainer = self._make_trainer(model, args, train_dataset, methods, task)
         name = self._on_main(lambda: self._checkpoint_of(task, trainer.dist.backend))
         checkpoint = str(self.directory.work_folder(task) / name) if name is not None else None
         if name is not None:
@@ -686,16 +857,51 @@ class TaskQueue:
         for method in methods:
             if (line := method.summary()) is not None:
                 self._say(f"{method.name}: {line}")
+
+        def fill(folder: Path) -> None:
+            for method in methods:  # rank 0 alone: after a task no part of the state is on another rank
+                method.save(folder / "methods")
+            write_json(folder / "log.json", trainer.state.log_history)
+
+        self._commit(trainer, task, fill)
+
+    def _make_trainer(self, model: Any, args: Any, rows: Any, methods: MethodList, task: Task) -> Any:
+        """The Trainer of one task; a signal now stops it at the next step."""
+        tokenizer, seq2seq = self.model.tokenizer, is_seq2seq(model)
+        trainer_class = self._trainer_class or (ContinualSeq2SeqTrainer if seq2seq else ContinualTrainer)
+        if not issubclass(trainer_class, ContinualMixin):
+            raise InputError(
+                f"trainer_class={trainer_class.__name__} lacks ContinualMixin; use class Mine(ContinualMixin, "
+                f"{trainer_class.__name__})"
+            )
+        collator, own = pretraining.collator_of(task, tokenizer, model, self._data.mlm_probability, args.seed)
+        kwargs: dict[str, Any] = {"data_collator": collator, **self._trainer_kwargs}
+        own += [self._stop, CheckpointSizes(), self._general.log]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), *own]
+        trainer = trainer_class(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            methods=methods,
+            task=task,
+            **kwargs,
+        )
+        self._stop.trainer = trainer
+        self._general.log.attach(trainer)
+        trainer.seeds_per_task = True
+        return trainer
+
+    def _commit(self, trainer: Any, task: Task, fill: Callable[[Path], None], into: Path | None = None) -> None:
+        """Write the model that was trained, with what `fill` adds, as the task's folder; then let go of the trainer."""
         trained = trainer.accelerator.unwrap_model(trainer.model)
         whole = self.model.whole(trained, self.processes)  # also waits until every rank is done with the work folder
 
         def write(folder: Path) -> None:
             self.model.save(whole, folder)
-            for method in methods:  # rank 0 alone: after a task no part of the state is on another rank
-                method.save(folder / "methods")
-            write_json(folder / "log.json", trainer.state.log_history)
+            fill(folder)
 
-        self._on_main(lambda: self.directory.commit_task(task, write))
+        self._on_main(lambda: self.directory.commit_task(task, write, into))
         trained.zero_grad(set_to_none=True)
         release_engine(trainer)
         trainer.accelerator.free_memory()
@@ -720,9 +926,9 @@ class TaskQueue:
         write_json(folder / LAUNCH, now)
         return found.name if found is not None else None
 
-    def _training_args(self, task: Task, seq2seq: bool) -> TrainingArguments:
+    def _training_args(self, task: Task, seq2seq: bool, changes: Mapping[str, Any] | None = None) -> TrainingArguments:
         work = str(self.directory.work_folder(task))
-        given = {"output_dir": work, "seed": self.seed + task.index, **task.training}
+        given = {"output_dir": work, "seed": self.seed + task.index, **task.training, **(changes or {})}
         if isinstance(self._args, TrainingArguments):
             extra: dict[str, Any] = (
                 {"stop_on_nonfinite_loss": True} if hasattr(self._args, "stop_on_nonfinite_loss") else {}
@@ -731,8 +937,20 @@ class TaskQueue:
             return dataclasses.replace(self._args, **extra, **given)
         return make_training_args({**self._args, **given}, seq2seq)
 
+    def _packing(self, task: Task) -> Packing:
+        """How the texts of a task become rows."""
+        if self._shape is None:
+            self._shape = self.model.fresh(empty=True)  # its number of positions
+        return pretraining.packing_of(task, self._data, self._shape, self.model.tokenizer)
+
     def _tokenized(self, task: Task, seq2seq: bool) -> Any:
         rows = task.train_dataset
+        if task.is_text and isinstance(rows, datasets.Dataset) and "text" in rows.column_names:
+            packing = self._packing(task)
+            blocks = pretraining.tokenized(task, packing, self.model.tokenizer)
+            for line in pretraining.describe(task, blocks, packing):
+                self._say(line)
+            return blocks.rows
         if (
             not isinstance(rows, datasets.Dataset)
             or "prompt" not in rows.column_names
@@ -761,6 +979,9 @@ class TaskQueue:
     def _wanted_cells(self, learnt: int) -> Iterator[tuple[int, Task]]:
         if self._evaluation.base_model:
             yield from ((-1, task) for task in self.stream)
+        if self.independent:
+            yield from enumerate(self.stream[:learnt])
+            return
         for index in range(learnt):
             seen = len(self.stream) if self.joint or self._evaluation.unseen else index + 1
             yield from ((index, task) for task in self.stream[:seen])
@@ -796,6 +1017,8 @@ class TaskQueue:
             model = self.model.after(index).to(training_device(bool(args.get("use_cpu"))))
             after = tasks[index] if index >= 0 else None
             name = after.name if after is not None else "no task"
+            key = self._on_main(lambda: self.directory.model_key(after))  # noqa: B023 - called at once
+            log = self.directory.answers(after, task, key, self.processes.rank)
             cell = evaluate_task(
                 model,
                 self.model.tokenizer,
@@ -805,11 +1028,57 @@ class TaskQueue:
                 description=f"after {name}: scoring {task.name}",
                 autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
                 ranks=self.processes,
+                log=log,
+                packing=self._packing(task) if task.is_text else None,
             )
+            if task.end_task is not None:
+                cell = self._score_end_task(index, task, cell, f"after {name}: end task of {task.name}")
             self._on_main(lambda: self.directory.write_cell(after, task, cell))  # noqa: B023 - called at once
-            self._say(f"after {name}: {task.name} {cell.metric} = {100 * cell.score:.1f} (n={cell.n})")
+            log.drop()
+            self._say(f"after {name}: {task.name} {cell.metric} = {shown(cell.metric, cell.score)} (n={cell.n})")
             if self._stop.agreed():
                 raise Interrupted(f"stopped while scoring after {name}")
+        self._measure_general(learnt)
+
+    def _score_end_task(self, index: int, task: Task, cell: Any, title: str) -> Any:
+        """The cell of a task's end task, fine-tuned from the commit: the model in memory stays as it is."""
+        args = self._plain_args()
+        return score_end_task(
+            self.model.load(index).to(training_device(bool(args.get("use_cpu")))),
+            self.model.tokenizer,
+            task.end_task,
+            self._evaluation,
+            args,
+            max_prompt_length=self._data.max_prompt_length,
+            max_completion_length=self._data.max_completion_length,
+            perplexity=cell,
+            description=title,
+            autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
+            ranks=self.processes,
+        )
+
+    def _general_to_measure(self, learnt: int) -> list[tuple[int, str]]:
+        """(task index, probe) of what is missing; first those of the model in memory."""
+        tasks, in_memory = self.learnt_tasks, self.model.at
+
+        def missing() -> list[tuple[int, str]]:
+            found = self._general.missing(self.directory, tasks[:learnt], last=len(tasks) - 1)
+            return sorted(found, key=lambda m: (m[0] != in_memory, m[0]))
+
+        return [(index, probe) for index, probe in self._on_main(missing)]
+
+    def _measure_general(self, learnt: int) -> None:
+        for index, probe in self._general_to_measure(learnt):
+            model = self.model.after(index).to(training_device(bool(self._option(None, "use_cpu"))))
+            after = self.learnt_tasks[index] if index >= 0 else None
+            dtype = torch.bfloat16 if self._option(None, "bf16") else None
+            with self._clear_errors():
+                line = self._general.measure(
+                    probe, after, model, self.model.tokenizer, dtype, self.directory, self.processes
+                )
+            self._say(line)
+            if self._stop.agreed():
+                raise Interrupted("stopped while measuring general ability")
 
     # -- signals and errors ------------------------------------------------------------------------------------------
 
@@ -881,6 +1150,8 @@ def _learn_one_task(sender: Any, threads: int, options: dict[str, Any]) -> None:
         sender.send({"finished": TaskQueue(**options)._run(one_task=True)})
     except InputError as error:
         sender.send({"error": str(error)})
+    except ForgettingLimit as error:
+        sender.send({"forgotten": str(error)})
     except Interrupted as error:
         sender.send({"interrupted": str(error)})
 
@@ -918,9 +1189,10 @@ def _concatenate(parts: Sequence[Any]) -> Any:
 
 def readable(task: Task, index: int) -> Task:
     """The task at its place in the stream, with its rows checked and brought to the canonical columns."""
-    return dataclasses.replace(
-        task,
-        index=index,
-        train_dataset=as_rows(task.train_dataset, f"train_dataset of task '{task.name}'"),
-        eval_dataset=as_rows(task.eval_dataset, f"eval_dataset of task '{task.name}'"),
-    )
+    rows: dict[str, Any] = {
+        name: as_rows(getattr(task, name), f"{name} of task '{task.name}'", task.kind, task.labels)
+        for name in ("train_dataset", "eval_dataset")
+    }
+    if task.end_task is not None:
+        rows["end_task"] = readable(task.end_task, index)
+    return dataclasses.replace(task, index=index, **rows)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +21,9 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 TAIL_TOKENS = 16
 QUIET_ROWS = 5_000
+TEXTS_AT_ONCE = 1_000
+LARGEST_BLOCK = 1024
+"""Of blocks whose size nobody chose, as in transformers' run_clm.py and run_mlm.py."""
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
@@ -210,3 +217,143 @@ def _tail_length(tokenizer: PreTrainedTokenizerBase, text: str, cues: Sequence[i
         if 0 < tail <= max(1, room // 4):
             return tail
     return min(TAIL_TOKENS, room // 2)
+
+
+# -- plain text --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How texts become rows.
+
+    Attributes:
+        block_size: tokens of a row, special tokens included.
+        pack: cut the texts, one after another, into rows of `block_size`; without it each text is a row, cut to it.
+        drop_last: leave out what remains after the last whole row (run_clm.py does).
+        masked: rows for masked language modelling: each begins and ends with the tokenizer's special tokens.
+        probability: of a token to be masked.
+    """
+
+    block_size: int
+    pack: bool = True
+    drop_last: bool = True
+    masked: bool = False
+    probability: float = 0.15
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Texts as rows, and what became of them.
+
+    Attributes:
+        rows: `input_ids`, `attention_mask` and, for causal language modelling, `labels`.
+        texts: how many there were.
+        tokens: in the rows, special tokens included.
+        dropped: tokens after the last whole row.
+        cut: texts that lost their end, without packing.
+    """
+
+    rows: Dataset
+    texts: int
+    tokens: int
+    dropped: int = 0
+    cut: int = 0
+
+
+def default_block_size(tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
+    """The block size of run_clm.py: the tokenizer's longest text, or at most 1024 where it knows of none.
+
+    Args:
+        positions: how many tokens the model can tell apart; None for any number.
+    """
+    longest = int(tokenizer.model_max_length)
+    if longest > (positions or LARGEST_BLOCK):
+        return min(LARGEST_BLOCK, positions or LARGEST_BLOCK)
+    return longest
+
+
+def tokenize_texts(texts: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Packing, where: str) -> Blocks:
+    """Rows of the column `text`.
+
+    Causal: every text begins as the tokenizer begins one and ends with the end token, so that a row which holds several
+    shows where one ends. Packed rows are pieces of the stream of all of them; `labels` are the `input_ids`.
+    Masked: texts are joined by the separator, and each row stands between the tokenizer's special tokens, as RoBERTa
+    was trained (run_mlm.py puts them around texts, so that most of its rows begin within one).
+
+    Deviation: run_clm.py adds no end token, and drops what remains of every thousand texts; here it is what remains of
+    all.
+
+    Args:
+        where: the task, for messages.
+
+    Raises:
+        InputError: if there is no whole row, or the tokenizer lacks a token.
+    """
+    prefix, suffix = _affixes(tokenizer)
+    end = tokenizer.eos_token_id
+    if packing.masked:
+        end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else end
+    if end is None:
+        raise InputError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no eos token, so texts could not be told apart in a row; "
+            "set its eos_token"
+        )
+    room = packing.block_size - (len(prefix) + len(suffix) if packing.masked else 0)
+    if room < 2:
+        raise InputError(f"data.block_size={packing.block_size} leaves no room for text; use 16 or more")
+    parts, cut = [], 0
+    for ids in _ids_of_texts(texts, tokenizer):
+        if not packing.masked:
+            ids = [*prefix, *ids, *suffix]
+            ids = ids if ids[-1] == end else [*ids, end]
+        elif packing.pack:
+            ids = [*ids, end]
+        if not packing.pack:
+            cut += len(ids) > room
+            ids = ids[:room]
+        parts.append(np.array(ids, dtype=np.int32))
+    if not parts:
+        raise InputError(f"{where}: its texts have no tokens; give texts in which the tokenizer knows words")
+    dropped = 0
+    if packing.pack:
+        stream = np.concatenate(parts)
+        if packing.masked:
+            stream = stream[:-1]  # the separator behind the last text
+        whole = len(stream) // room * room
+        rest = len(stream) - whole
+        parts = list(stream[:whole].reshape(-1, room))
+        if not packing.drop_last and rest > (0 if packing.masked else 1):  # one token predicts nothing
+            parts.append(stream[whole:])
+        else:
+            dropped = rest
+        if not parts:
+            raise InputError(
+                f"{where}: its {len(stream)} tokens are less than one row of data.block_size={packing.block_size}; set "
+                "a smaller block_size, or drop_last_block: false"
+            )
+    if packing.masked:
+        parts = [np.concatenate([prefix, part, suffix]).astype(np.int32) for part in parts]
+    rows = _as_dataset(parts, labels=not packing.masked)
+    return Blocks(rows, len(texts), sum(map(len, parts)), dropped, cut)
+
+
+def _ids_of_texts(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The tokens of each text that has any, without special tokens."""
+    column = texts.with_format(None)
+    for start in range(0, len(column), TEXTS_AT_ONCE):
+        some = column[start : start + TEXTS_AT_ONCE]["text"]
+        yield from filter(None, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _as_dataset(parts: Sequence[np.ndarray], labels: bool) -> Dataset:
+    """Arrow columns without a Python object for each token."""
+    tokens = np.concatenate(parts)
+    starts = pa.array(np.cumsum([0, *map(len, parts)]), pa.int64())
+    columns = {"input_ids": tokens, "attention_mask": np.ones(len(tokens), np.int8)}
+    if labels:
+        columns["labels"] = tokens.astype(np.int64)
+    kinds = {name: datasets.Value(str(values.dtype)) for name, values in columns.items()}
+    table = pa.table({name: pa.LargeListArray.from_arrays(starts, pa.array(v)) for name, v in columns.items()})
+    features = datasets.Features({name: datasets.List(kind) for name, kind in kinds.items()})
+    table = InMemoryTable(table.cast(features.arrow_schema))
+    return Dataset(table, fingerprint=generate_random_fingerprint())

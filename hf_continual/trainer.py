@@ -8,24 +8,47 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Seq2SeqTrainer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
+from .collators import make_collator
 from .compilation import CompileReport, CompileWatch, check_compiled, forget_environment, is_compiled, take_off
-from .distributed import Distributed, GradientSeam, GradView, check_launch, is_partitioned, release_engine
+from .distributed import (
+    Distributed,
+    GradientSeam,
+    GradView,
+    check_launch,
+    check_tied,
+    is_partitioned,
+    processes,
+    release_engine,
+)
 from .errors import InputError
+from .evaluation import evaluate_task
 from .interleaving import InterleavedDataset
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
-from .models import check_four_bits, in_four_bits, keep_layout
+from .models import check_four_bits, in_four_bits, is_seq2seq, keep_layout
 from .tasks import Task
+from .trainer_answers import (
+    MAX_PROMPT_LENGTH,
+    Answering,
+    EvalRows,
+    GeneratedAnswers,
+    answering,
+    eval_rows,
+    padded,
+    task_of,
+)
+from .training_args import ContinualArgumentsMixin
 
 STATE_FOLDER = "continual"
 
@@ -60,6 +83,9 @@ class ContinualMixin(_Parent):
             the methods, which also number a `Task` whose `index` is that of a task they have already learnt.
 
     Every other argument is the parent's. With methods, `model_init` is called once, by the constructor.
+
+    With `args.predict_with_generate`, `evaluate()` and `predict()` also generate an answer to the prompt of each row:
+    see `evaluate`.
     """
 
     methods: MethodList = MethodList()  # for what the parent calls while it is constructed
@@ -67,6 +93,7 @@ class ContinualMixin(_Parent):
     _phase: TrainingPhase | None = None
     _load_late: Path | None = None
     _compile_watch: CompileWatch | None = None
+    _answering: tuple[Answering, EvalRows, Task] | None = None
 
     def __init__(
         self, *args: Any, methods: Iterable[Any] | None = None, task: Task | str | None = None, **kwargs: Any
@@ -115,6 +142,9 @@ class ContinualMixin(_Parent):
         trained since), and methods with the same options.
         """
         check_launch(self.args, self.dist)
+        check_tied(self.model, self.dist.backend)
+        if self._generates and self.args.eval_strategy != "no":
+            self._check_answering()
         if in_four_bits(self.model):
             keep_layout(self.model)
             check_four_bits(self.model, True, self.dist.backend, self.args.device)
@@ -366,6 +396,168 @@ class ContinualMixin(_Parent):
         if any(column in inputs for column in self.methods.batch_columns):
             inputs = {key: value for key, value in inputs.items() if key not in self.methods.batch_columns}
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **gen_kwargs: Any,
+    ) -> dict[str, float]:
+        """The parent's; with `args.predict_with_generate` also the scores of generated answers.
+
+        Rows are tokenised ones with `labels`, -100 for the prompt, or text: `prompt` and `references`. Of both the
+        loss is computed as ever, padded on the right; then prompts, padded on the left, are answered by
+        `evaluation.evaluate_task`, as in the task queue: sorted by length, shared between the processes, with the same
+        scores however many these are. Metrics are those of `args.eval_scorer` and of `compute_metrics`, which gets
+        [`GeneratedAnswers`]. A dataset in a mapping, such as `{"agnews": rows}`, gives `eval_agnews_exact_match`.
+
+        Answers are greedy unless `args.generation_config`, `args.generation_num_beams` or `gen_kwargs` (`num_beams`,
+        `max_new_tokens`, ...) say otherwise; the model's own settings do not count. An encoder-decoder trainer without
+        a tokenizer, or with arguments that are not this package's, generates as its parent does.
+        """
+        if not self._generates:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(given, dict):
+            metrics: dict[str, float] = {}
+            for name, each in given.items():
+                metrics |= self._evaluate_answers(each, ignore_keys, f"{metric_key_prefix}_{name}", gen_kwargs, name)
+            return metrics
+        if isinstance(given, str):
+            return self._evaluate_answers(
+                cast(Any, self.eval_dataset)[given], ignore_keys, metric_key_prefix, gen_kwargs, given
+            )
+        return self._evaluate_answers(given, ignore_keys, metric_key_prefix, gen_kwargs)
+
+    def _evaluate_answers(
+        self, dataset: Any, ignore_keys: Any, prefix: str, gen_kwargs: Mapping[str, Any], name: str | None = None
+    ) -> dict[str, float]:
+        with self._asked(dataset, gen_kwargs, name) as loss_rows:
+            return super().evaluate(loss_rows, ignore_keys, prefix)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **gen_kwargs: Any,
+    ) -> Any:
+        """The parent's; with `args.predict_with_generate` predictions are the tokens of answers, as in `evaluate`."""
+        if not self._generates:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        with self._asked(test_dataset, gen_kwargs) as loss_rows:
+            return super().predict(loss_rows, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        if self._answering is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        return self._answered(output, metric_key_prefix)
+
+    @property
+    def _generates(self) -> bool:
+        """Whether answers are generated here."""
+        if not isinstance(self.args, ContinualArgumentsMixin) or not getattr(self.args, "predict_with_generate", False):
+            return False
+        return self.processing_class is not None or not is_seq2seq(self._plain_model)
+
+    @property
+    def _plain_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @contextmanager
+    def _asked(self, dataset: Any, gen_kwargs: Mapping[str, Any], name: str | None = None) -> Iterator[Any]:
+        """Answer these rows in the evaluation loop, which gets the tokenised rows given here."""
+        collator = self.data_collator
+        how, found, _ = self._answering = self._to_answer(dataset, gen_kwargs, name)
+        if found.made:
+            tokenizer: Any = self.processing_class
+            self.data_collator = make_collator(tokenizer, self._plain_model, is_seq2seq(self._plain_model))
+        try:
+            yield found.loss_rows
+        finally:
+            self._answering, self.data_collator = None, collator
+
+    def _to_answer(
+        self, dataset: Any, gen_kwargs: Mapping[str, Any], name: str | None
+    ) -> tuple[Answering, EvalRows, Task]:
+        """What is answered and how, refused if it cannot be."""
+        tokenizer: Any = self.processing_class
+        if not hasattr(tokenizer, "batch_decode") or getattr(tokenizer, "pad_token_id", None) is None:
+            raise InputError(
+                "predict_with_generate=True needs a tokenizer with a padding token; give the trainer "
+                "processing_class=tokenizer"
+            )
+        model = self._plain_model
+        if not hasattr(model, "generate") or not model.can_generate():
+            raise InputError(
+                f"predict_with_generate=True needs a model that generates, and this is a {type(model).__name__}; "
+                "set it to False"
+            )
+        if not self.dist.whole_weights:
+            raise InputError(
+                f"predict_with_generate=True cannot answer on backend {self.dist.backend}, which would collect the "
+                "weights for every token; use DDP or ZeRO-2, or the task queue, which scores what it has saved"
+            )
+        if self.args.batch_eval_metrics:
+            raise InputError(
+                "batch_eval_metrics=True gives compute_metrics one batch, and answers come all at once; set it to "
+                "False with predict_with_generate=True"
+            )
+        args, seq2seq = cast(Any, self.args), is_seq2seq(model)
+        how = answering(args, gen_kwargs, seq2seq=seq2seq)
+        length = args.eval_max_prompt_length or MAX_PROMPT_LENGTH
+        rows = eval_rows(dataset, tokenizer, seq2seq=seq2seq, max_prompt_length=length)
+        own = isinstance(self.task, Task) and name in (None, self.task.name)
+        labels = self.task.labels if own else None  # type: ignore[union-attr]
+        return how, rows, task_of(name or "eval_dataset", rows.rows, how.config, labels)
+
+    def _check_answering(self) -> None:
+        """Before training, so that the first evaluation does not end it."""
+        given: Any = self.eval_dataset
+        for name, dataset in (given if isinstance(given, dict) else {None: given}).items():
+            self._to_answer(dataset, {}, name)
+
+    def _answered(self, output: Any, prefix: str) -> Any:
+        """The output of the evaluation loop with answers and their metrics in it."""
+        assert self._answering is not None
+        how, found, task = self._answering
+        args, tokenizer = cast(Any, self.args), cast(Any, self.processing_class)
+        cell = evaluate_task(
+            self._plain_model,
+            tokenizer,
+            task,
+            how.config,
+            max_prompt_length=args.eval_max_prompt_length or MAX_PROMPT_LENGTH,
+            description=f"{prefix}: answering",
+            autocast_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            ranks=processes(),
+            generation=how.generation,
+        )
+        metrics: dict[str, Any] = {}
+        if args.eval_scorer is not None or self.compute_metrics is None:
+            metrics |= {cell.metric: cell.score, **cell.others}
+        answers = [row["prediction"] for row in cell.predictions]
+        tokens = padded(cell.tokens or [[tokenizer.pad_token_id]] * len(answers), tokenizer.pad_token_id)
+        label_ids = padded(found.label_ids, -100)
+        if self.compute_metrics is not None:
+            references = [row["references"] for row in cell.predictions]
+            metrics |= self.compute_metrics(GeneratedAnswers(tokens, label_ids, answers, references))
+        named = {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value for key, value in metrics.items()}
+        plain = {key: value.item() if hasattr(value, "item") else value for key, value in named.items()}
+        return output._replace(predictions=tokens, label_ids=label_ids, metrics={**output.metrics, **plain})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -7,12 +7,14 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import GenerationConfig, Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import InputError, did_you_mean
+from .scorers import get as get_scorer
 
 if TYPE_CHECKING:
     MethodSpec = Any
@@ -31,6 +33,10 @@ class ContinualArgumentsMixin:
             or either as JSON text, as the command line gives them. Method objects go to the trainer.
         stop_on_nonfinite_loss (`bool`, defaults to `False`): stop with a sentence when the loss becomes NaN or
             infinite, checked when the Trainer logs, saves or ends. The task queue turns it on; `Trainer` goes on.
+        eval_scorer (`str`, *optional*): with `predict_with_generate`, the scorer of `hf_continual.scorers` that
+            `evaluate()` scores the answers by; by default `exact_match` where there is no `compute_metrics`.
+        eval_max_prompt_length (`int`, *optional*, defaults to 512): with `predict_with_generate`, longer prompts of
+            evaluation rows that are text lose what stands before their last line.
     """
 
     methods: list[MethodSpec] | None = field(
@@ -42,8 +48,26 @@ class ContinualArgumentsMixin:
     stop_on_nonfinite_loss: bool = field(
         default=False, metadata={"help": "Stop with a sentence when the loss becomes NaN or infinite."}
     )
+    eval_scorer: str | None = field(
+        default=None,
+        metadata={"help": "With predict_with_generate: the scorer of the answers, such as exact_match or rouge_l."},
+    )
+    eval_max_prompt_length: int | None = field(
+        default=None, metadata={"help": "With predict_with_generate: longer prompts of text rows are cut (512)."}
+    )
 
     def __post_init__(self) -> None:
+        generates = getattr(self, "predict_with_generate", False)
+        for option in ("eval_scorer", "eval_max_prompt_length", "generation_max_length"):
+            value = getattr(self, option, None)
+            if value is None:
+                continue
+            if not generates and option.startswith("eval_"):
+                raise InputError(f"{option}={value!r} scores generated answers; set predict_with_generate=True with it")
+            if option == "eval_scorer":
+                get_scorer(value, "eval_scorer")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{option}={value!r} must be a whole number of tokens above 0")
         if isinstance(self.methods, (str, dict)):
             self.methods = [self.methods]
         self.methods = [_parse(spec) for spec in self.methods] if self.methods is not None else None
@@ -63,7 +87,30 @@ def _parse(spec: Any) -> Any:
 
 @dataclass
 class ContinualTrainingArguments(ContinualArgumentsMixin, TrainingArguments):
-    """[`~transformers.TrainingArguments`] plus [`ContinualArgumentsMixin`]."""
+    """[`~transformers.TrainingArguments`] plus [`ContinualArgumentsMixin`], and generation as for encoder-decoders.
+
+    Args:
+        predict_with_generate (`bool`, *optional*, defaults to `False`): `evaluate()` also generates an answer to each
+            row's prompt and scores it.
+        generation_max_length (`int`, *optional*, defaults to 50): the longest answer, in tokens; the prompt does not
+            count.
+        generation_config (`str` or `Path` or [`~generation.GenerationConfig`], *optional*): settings such as beams, as
+            in [`~transformers.Seq2SeqTrainingArguments`]. By default answers are greedy, whatever the model's own
+            settings are.
+    """
+
+    predict_with_generate: bool = field(default=False, metadata={"help": "Generate and score answers in evaluate()."})
+    generation_max_length: int | None = field(
+        default=None, metadata={"help": "The longest answer that evaluate() generates, in tokens (50)."}
+    )
+    generation_config: str | Path | GenerationConfig | None = field(
+        default=None, metadata={"help": "A GenerationConfig, or a folder or hub id with one, for evaluate()."}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, with a `GenerationConfig` as a mapping."""
+        values = super().to_dict().items()
+        return {name: value.to_dict() if isinstance(value, GenerationConfig) else value for name, value in values}
 
 
 @dataclass

@@ -184,3 +184,55 @@ def test_all_modes_have_the_gradients_of_what_they_say(attention):
         assert torch.allclose(loss, found["reference"][0], rtol=1e-4), mode
         for ours, theirs in zip(gradients, found["reference"][1], strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-3, atol=2e-5), mode
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield load("evaluation")
+
+
+SMALL = ["--rows", "20", "--batch", "4", "--longest", "24", "--max_new_tokens", "8", "--hidden", "48", "--layers", "2",
+         "--vocabulary", "200", "--rounds", "2", "--warmup", "0", "--device", "cpu"]  # fmt: skip
+
+
+def test_measures_evaluation_against_plain_loops(evaluation, tmp_path, capsys):
+    out = tmp_path / "evaluation.json"
+    evaluation.main([*SMALL, "--out", str(out)])  # that both give the same, it asserts itself
+    found = json.loads(out.read_text())
+    assert list(found["cases"]) == ["generation", "likelihood"] and found["load_before"] >= 0
+    for result in found["cases"].values():
+        assert all(rate > 0 for rate in result["rows_per_second"].values())
+        assert all(0 < result[key]["low"] <= result[key]["median"] for key in ("faster", "faster_cpu"))
+        assert [len(seconds) for seconds in result["seconds"].values()] == [2, 2]
+    tokens = found["cases"]["generation"]["answer_tokens"]
+    assert 1 <= tokens["median"] <= tokens["mean"] <= 8  # most end early
+    assert "times as fast" in capsys.readouterr().out
+
+
+def test_the_evaluation_benchmark_notices_other_predictions(evaluation, monkeypatch):
+    monkeypatch.setattr(evaluation, "plain_generation", lambda *given: ["another answer"] * 20)
+    with pytest.raises(AssertionError, match="row 0: .* and not 'another answer'"):
+        evaluation.main([*SMALL, "--cases", "generation"])
+    monkeypatch.setattr(evaluation, "plain_likelihood", lambda *given: [[-1.0] * 8] * 20)
+    with pytest.raises(AssertionError, match="row 0"):
+        evaluation.main([*SMALL, "--cases", "likelihood"])
+
+
+def test_a_step_of_evaluation_feeds_few_rows_that_have_ended(evaluation, monkeypatch):
+    """What the speed comes from, counted: tokens through the model, against the plain loop's."""
+    options = evaluation.make_parser().parse_args([*SMALL, "--rows", "64", "--longest", "80", "--max_new_tokens", "20"])
+    tokenizer, model = evaluation.make_tokenizer(196), evaluation.make_model(options)
+    task, fed = evaluation.make_task(options, None), []
+    model.model.embed_tokens.register_forward_hook(lambda m, args, out: fed.append(args[0].numel()))
+    config = evaluation.EvaluationConfig(batch_size=4, max_new_tokens=20)
+    cell = evaluation.evaluate_task(model, tokenizer, task, config, max_prompt_length=88)
+    ours, needed = sum(fed), sum(len(evaluation.encode_prompt(row["prompt"], tokenizer, 88, False))
+                                 for row in task.eval_dataset) + sum(len(t) - 1 for t in cell.tokens)  # fmt: skip
+    fed.clear()
+    assert evaluation.plain_generation(model, tokenizer, task, options) == [p["prediction"] for p in cell.predictions]
+    assert needed <= ours <= 1.1 * needed and ours < 0.65 * sum(fed)

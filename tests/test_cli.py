@@ -207,4 +207,4 @@ def test_ls_explains_every_option_of_a_method(capsys):
     assert "  temperature = 0.25" in lines and lines[0].startswith("kif (arxiv:2408.05200): ")
     assert any("tau of the adaptive fusion" in line for line in lines)
     assert main(["ls", "methods", "kiff"]) == 2 and "did you mean 'kif'" in capsys.readouterr().err
-    assert main(["ls", "streams", "kif"]) == 2 and "takes no name" in capsys.readouterr().err
+    assert main(["ls", "recipes", "kif"]) == 2 and "takes no name" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -253,8 +254,8 @@ def test_perplexity_is_better_when_smaller(tmp_path):
         file = path / "scores.jsonl"
         file.write_text(file.read_text().replace('"exact_match"', '"perplexity"'))
     (found,) = compare_runs(paths)
-    assert found.lower_is_better and found.wins == 1
-    with pytest.raises(InputError, match="forgetting takes the largest earlier score"):
+    assert found.wins == 1 and found.mean == pytest.approx(math.log(9 / 8))  # in nats, of which more is better
+    with pytest.raises(InputError, match="forgetting/mammoth is for scores from 0 to 1"):
         compare_runs(paths, metric="forgetting/mammoth")
     for path in paths:
         lines = (path / "scores.jsonl").read_text().splitlines()

@@ -270,7 +270,7 @@ def test_row_limits_take_the_rows_of_a_seeded_shuffle(tmp_path: Path) -> None:
         ({"path": None}, "has no data: set 'path'"),
         ({"path": 3}, "path: 3 is not a string"),
         ({"path": "nowhere.json"}, "'nowhere.json' does not exist"),
-        ({"path": "train.txt"}, "type of .*train.txt' is not supported"),
+        ({"path": "train.doc"}, "type of .*train.doc' is not supported"),
         ({"format": "input-output"}, "format: .* did you mean 'input_output'"),
         ({"format": "conversational"}, "no column 'messages', which 'conversational' needs"),
         ({"format": "natural_instructions"}, "is not a Natural-Instructions object"),
@@ -299,7 +299,7 @@ def test_row_limits_take_the_rows_of_a_seeded_shuffle(tmp_path: Path) -> None:
 )
 def test_errors_in_a_spec(tmp_path: Path, change: dict[str, object], message: str) -> None:
     write(tmp_path / "x.json", rows(4))
-    write(tmp_path / "train.txt", "text")
+    write(tmp_path / "train.doc", "text")
     with pytest.raises(InputError, match=message) as caught:
         load_task({"path": "x.json", **change}, base_dir=tmp_path)
     assert "\n" not in str(caught.value)

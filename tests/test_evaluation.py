@@ -114,14 +114,16 @@ def test_each_prompt_is_encoded_once_for_all_its_labels():
     model, tokenizer = tiny_model(), toy_tokenizer()
     tokens = []
     model.model.embed_tokens.register_forward_hook(lambda m, args, out: tokens.append(args[0].numel()))
-    data = datasets.Dataset.from_dict({"prompt": ["w1 w2 w3 w4 w5 w6 Answer :"] * 2, "references": [["red"]] * 2})
+    texts = ["w1 w2 w3 w4 w5 w6 Answer :", "w7 w2 w3 w4 w5 w6 Answer :"]
+    data = datasets.Dataset.from_dict({"prompt": [*texts, texts[0]], "references": [["red"]] * 3})
     task = Task("t", eval_dataset=data, labels=["red", "blue", "green"], scorer="label_likelihood")
-    evaluate_task(model, tokenizer, task, EvaluationConfig(batch_size=6), max_prompt_length=32)
+    cell = evaluate_task(model, tokenizer, task, EvaluationConfig(batch_size=6), max_prompt_length=32)
     prompt = len(encode_prompt(data[0]["prompt"], tokenizer, 32, False))
+    assert {**cell.predictions[0], "index": 2} == cell.predictions[2] and cell.n == 3
     assert tokens == [
         2 * prompt,
         6 * 1,
-    ]  # two prompts once, then one token for each of six answers (the end is not fed)
+    ]  # two prompts once, also the one that is there twice; then a token for each answer (the end is not fed)
 
 
 def test_scores_can_be_computed_later_from_kept_predictions():

@@ -15,6 +15,8 @@ from hf_continual.metrics import (
     forgetting,
     forward_transfer,
     learning_accuracy,
+    less_is_better,
+    oriented,
     summarize,
 )
 
@@ -311,3 +313,29 @@ def test_bad_arguments():
         forward_transfer(R, [0.1, 0.2])
     with pytest.raises(InputError, match=r"baseline\[1\].*not evaluated"):
         forward_transfer(R, [0.1, NAN, 0.2])
+
+
+PPL = [[10.0, 50.0], [20.0, 30.0]]
+
+
+def test_of_perplexities_the_log_likelihood_enters_the_formulas():
+    values = summarize(PPL, [40.0, 60.0], ["perplexity"])
+    assert values["backward_transfer"] == pytest.approx(np.log(10 / 20))  # twice the perplexity: below 0
+    assert values["forgetting"] == pytest.approx(np.log(20 / 10))
+    assert values["average_performance"] == pytest.approx(-(np.log(20) + np.log(30)) / 2)
+    assert values["forward_transfer"] == pytest.approx(np.log(60 / 50))
+    assert summarize(R, BASELINE, ["exact_match", "rouge_l"]) == summarize(R, BASELINE)
+    assert oriented(PPL, False).tolist() == PPL
+    assert oriented([np.inf, 1.0], True).tolist() == [-np.inf, 0.0]
+
+
+def test_scores_of_two_directions_have_no_mean():
+    assert less_is_better(["perplexity"]) and not less_is_better(["accuracy", "unknown"]) and not less_is_better([])
+    with pytest.raises(InputError, match="scored by perplexity, where less is better, and some by exact_match, so"):
+        less_is_better(["exact_match", "perplexity"])
+    assert summarize(PPL, None, ["perplexity", "exact_match"]) == {}
+
+
+def test_formulas_with_numbers_of_their_own_are_marked():
+    bounded = {name for name, info in METRICS.items() if info.bounded}
+    assert bounded == {"forward_transfer/sapt", "forgetting/sapt", "forgetting/mammoth"}

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 from toy_runs import save_model, write_recipe, write_rows
 
 from hf_continual import InputError
@@ -15,7 +14,6 @@ from hf_continual.recipes import (
     recipe_files,
     with_absolute_paths,
 )
-from hf_continual.streams import describe_stream
 from hf_continual.training_args import make_training_args
 
 BASE = {"model": {"name": "somewhere"}, "tasks": [{"name": "a", "path": "a.jsonl"}], "name": "r"}
@@ -39,6 +37,7 @@ def test_precedence():
     assert one(BASE)["data"]["max_prompt_length"] == 512  # default
     assert one({**BASE, "data": {"max_prompt_length": 100}})["data"] == {
         "max_prompt_length": 100, "max_completion_length": 50,
+        "block_size": None, "pack": True, "drop_last_block": True, "mlm_probability": 0.15,
     }  # fmt: skip
     recipe = {**BASE, "data": {"max_prompt_length": 100}, "variants": {"v": {"data": {"max_prompt_length": 90}}}}
     assert one(recipe)["data"]["max_prompt_length"] == 90  # a variant over the recipe
@@ -155,35 +154,3 @@ def test_recipes_of_the_package():
     assert find_recipe("recipes/quickstart.yaml").name == "quickstart.yaml" and find_recipe("quickstart").is_file()
     with pytest.raises(InputError, match="did you mean 'quickstart'"):
         find_recipe("quickstrat")
-
-
-@pytest.mark.parametrize("name", sorted(recipe_files()))
-def test_every_recipe_runs(name, tmp_path, monkeypatch, capsys):
-    """Two steps of every variant, with a toy model and toy data in the place of the real ones."""
-    from hf_continual.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    path = recipe_files()[name]
-    runs = expand(load_recipe(path), path.parent)
-    model = save_model(tmp_path / "model")
-    recipe = yaml.safe_load(path.read_text())
-    stream = recipe["tasks"]["stream"] if isinstance(recipe["tasks"], dict) else None
-    names = list(describe_stream(stream)["tasks"])[:2] if stream else [t["name"] for t in recipe["tasks"]][:2]
-    for index, task in enumerate(names):
-        write_rows(tmp_path / f"{task}.jsonl", index, rows=10)
-    recipe |= {
-        "model": {"name": str(model), "dtype": recipe["model"].get("dtype", "float32")},
-        "tasks": [{"name": t, "path": f"{t}.jsonl", "eval_rows": 2} for t in names],
-        "seeds": [1] if "seeds" in recipe else None, "run_dir": "run",
-    }  # fmt: skip
-    recipe["training"] = {**recipe["training"], "max_steps": 2, "use_cpu": True, "disable_tqdm": True}
-    recipe["evaluation"] = {**recipe["evaluation"], "max_new_tokens": 2}
-    if recipe["peft"]:
-        recipe["peft"]["r"] = 2
-    for variant in recipe.get("variants", {}).values():
-        variant.pop("tasks", None)  # options of the stream's tasks, which the list above has replaced
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    assert main(["run", "toy.yaml"]) == 0
-    finished = list(tmp_path.glob("run/**/queue.json"))
-    assert len(finished) == len({r.variant for r in runs})
-    assert "report" in capsys.readouterr().out

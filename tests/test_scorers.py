@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from hf_continual import scorers
 from hf_continual.errors import InputError
 from hf_continual.evaluation import EvaluationConfig, check_task, evaluate_task, make_cell
-from hf_continual.scorers import SCORERS, score
+from hf_continual.scorers import SCORERS, code_tests, score
 from hf_continual.scorers.code_tests import network_can_be_cut, pass_at_k, program_of, run_program
 from hf_continual.scorers.exact_match import extract_answer
 from hf_continual.scorers.sari import sentence_sari, tokenize_13a
@@ -478,8 +479,7 @@ def task(n=3, scorer=None, labels=None, references=None, **columns):
 @pytest.mark.parametrize(
     ("scorer", "columns", "says"),
     [
-        ("perplexity", {}, "scorer 'perplexity' needs token log-likelihoods"),
-        ("pass_at_10", {"test": ["", "", ""]}, "'pass_at_10' needs 10 samples a row.*use pass_at_1"),
+        ("pass_at_10", {"test": ["", "", ""]}, "'pass_at_10' needs 10 samples a row.*set evaluation.temperature"),
         ("pass_at_1", {"test": ["", "", ""]}, "HF_ALLOW_CODE_EVAL=1"),
         ("joint_goal_accuracy", {"turn": ["1", "1", "2"]}, "task 't', row 0 has no 'dialogue'"),
         ("sari", {"source": ["a", None, "b"]}, "task 't', row 1 has no 'source'"),
@@ -515,3 +515,94 @@ def test_generated_code_keeps_its_indentation(monkeypatch):
     check_task(given, EvaluationConfig())
     cell = evaluate_task(tiny_model(), tokenizer, given, EvaluationConfig(max_new_tokens=3), max_prompt_length=16)
     assert cell.score == 1.0 and cell.others["programs"] == 2.0
+
+
+class Ranks:
+    """One of two processes, as far as an evaluation asks."""
+
+    world_size = 1
+
+    def __init__(self, is_main):
+        self.is_main, self.rank = is_main, 0
+
+    def on_main(self, function):
+        return function() if self.is_main else {"metric": "told", "score": 0.5, "n": 1, "others": {}}
+
+
+def test_pass_at_10_draws_ten_answers_to_each_row(monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    tried = []
+
+    def passes(program, **options):
+        tried.append(program)
+        return code_tests.Verdict("passed" if "w1" in program else "failed")
+
+    monkeypatch.setattr(code_tests, "run_program", passes)
+    given = task(3, "pass_at_10", test=[f"TEST {i}" for i in range(3)])
+    settings = {"max_new_tokens": 4, "temperature": 2.0, "top_p": 0.95, "seed": 5}
+    config = EvaluationConfig(**settings, batch_size=16)
+    check_task(given, config)
+    cell = evaluate_task(tiny_model(), toy_tokenizer(), given, config, max_prompt_length=16)
+    assert cell.settings == {"scorer": "pass_at_10", "max_prompt_length": 16, "batch_size": 16, "do_sample": True,
+                             "num_beams": 1, "samples": 10, **settings}  # fmt: skip
+    assert all(len(p["prediction"]) == 10 and len(set(p["prediction"])) > 5 for p in cell.predictions)
+    assert len(tried) == 31 and cell.others["programs"] == 30.0  # one asks whether the network can be cut
+    assert cell.score == sum(any("w1" in text for text in p["prediction"]) for p in cell.predictions) / 3
+    for other in ({"batch_size": 4}, {"seed": 6}):  # the first draws the same, in other batches
+        changed = evaluate_task(
+            tiny_model(), toy_tokenizer(), given, EvaluationConfig(**{**settings, "batch_size": 16, **other}),
+            max_prompt_length=16,
+        )  # fmt: skip
+        assert (changed.predictions == cell.predictions) == ("batch_size" in other)
+    tried.clear()
+    ranks = {"max_prompt_length": 16, "ranks": Ranks(is_main=False)}
+    told = evaluate_task(tiny_model(), toy_tokenizer(), given, config, **ranks)
+    assert (told.metric, told.score) == ("told", 0.5) and told.predictions == cell.predictions
+    assert not tried  # rank 0 alone runs programs
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("seed", -1),
+                          ("seed", True), ("top_p", 0.5)]
+)  # fmt: skip
+def test_draws_that_cannot_be_are_refused(option, value):
+    with pytest.raises(InputError, match=f"evaluation.{option}={value!r}"):
+        EvaluationConfig(**{option: value})
+
+
+def test_stored_predictions_are_scored_again_without_torch_and_name_their_file(tmp_path):
+    """`report --scorer`: a row that cannot be scored is named with its file."""
+    folder = tmp_path / "tasks" / "00-a" / "predictions"
+    folder.mkdir(parents=True)
+    rows = [{"index": i, "prediction": "Red", "references": ["red"]} for i in range(2)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "a.json").write_text(json.dumps({"settings": {"labels": ["blue"]}}))
+    code = (
+        "import sys; from pathlib import Path; from hf_continual.run_scores import _score_again;"
+        "print(_score_again(Path(sys.argv[1]), 0, 'a', 'a', sys.argv[2]), 'torch' in sys.modules)"
+    )
+    run = partial(subprocess.run, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code, str(tmp_path), "exact_match"])
+    outside = {"predictions_outside_labels": 2.0, "references_outside_labels": 2.0}
+    assert done.stdout.strip() == f"('exact_match', 1.0, {outside}) False", done.stderr
+    failed = run([sys.executable, "-c", code, str(tmp_path), "sari"])
+    assert f"{folder / 'a.jsonl'}, row 0 has no 'source'" in failed.stderr
+
+
+def test_a_report_shows_predictions_outside_the_labels(tmp_path):
+    from hf_continual.report import load_run, print_report
+
+    tasks = [{"name": name, "folder": f"{i:02d}-{name}", "rows": 4, "hash": "0"} for i, name in enumerate("ab")]
+    queue = {"schema": 1, "tasks": tasks, "cursor": 2, "finished": True, "seed": 1, "variant": None}
+    (tmp_path / "queue.json").write_text(json.dumps(queue))
+    cells = [(0, "a", 1.0), (1, "a", 3.0), (1, "b", 0.0)]
+    rows = [
+        {"after_task": "ab"[i], "after_index": i, "task": task, "task_index": "ab".index(task), "metric": "exact_match",
+         "score": 0.5, "n": 4, "others": {"predictions_outside_labels": count}}
+        for i, task, count in cells
+    ]  # fmt: skip
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_run(tmp_path).strays == {"a": {0: 1, 1: 3}, "b": {1: 0}}
+    print_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Predictions outside the labels, after one task and the next: a 1, 3 of 4.\n" in text

@@ -36,15 +36,8 @@ def jsonl_layout(root: Path, tasks: dict[str, str], splits: tuple[str, ...] = ("
 
 
 def test_names_and_descriptions() -> None:
-    assert stream_names() == [
-        "standard-order1",
-        "standard-order2",
-        "standard-order3",
-        "long-order4",
-        "long-order5",
-        "long-order6",
-        "quickstart",
-    ]
+    assert stream_names()[-1] == "quickstart" and len(set(stream_names())) == len(stream_names())
+    assert {f"standard-order{i}" for i in (1, 2, 3)} | {f"long-order{i}" for i in (4, 5, 6)} < set(stream_names())
     assert describe_stream("standard-order3")["tasks"] == ["yahoo", "amazon", "agnews", "dbpedia"]
     long = [describe_stream(f"long-order{i}")["tasks"] for i in (4, 5, 6)]
     assert all(len(set(tasks)) == 15 and set(tasks) == set(long[0]) for tasks in long)
@@ -173,7 +166,7 @@ def test_quickstart_errors(tmp_path: Path) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize("name", [name for name in stream_names() if name != "quickstart"])
+@pytest.mark.parametrize("name", [name for name in stream_names() if name.startswith(("standard", "long"))])
 def test_real_streams(name: str) -> None:
     tasks = load_stream(name, data_dir=DATA / "long_sequence", train_rows=20, eval_rows=10)
     assert [task.name for task in tasks] == describe_stream(name)["tasks"]

@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from hf_continual.collators import make_collator
 from hf_continual.data import load_task
 from hf_continual.errors import InputError
-from hf_continual.tokenization import encode_completion, encode_prompt, ensure_pad_token, tokenize_dataset
+from hf_continual.testing import toy_tokenizer
+from hf_continual.tokenization import (
+    Packing,
+    default_block_size,
+    encode_completion,
+    encode_prompt,
+    ensure_pad_token,
+    tokenize_dataset,
+    tokenize_texts,
+)
 
 DATA = Path(os.environ.get("HF_CONTINUAL_DATA", "../shared/data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark data is not here (HF_CONTINUAL_DATA)")
@@ -301,3 +310,90 @@ def test_real_long_prompts_keep_their_cue() -> None:
         text = tokenizer.decode(row["input_ids"])
         assert text.startswith("What is the sentiment") and text.endswith(f"\nAnswer: {completion}<eos>")
         assert len(row["input_ids"]) <= 256 + 50
+
+
+# -- plain text --------------------------------------------------------------------------------------------------------
+
+EOS = 2
+
+
+def blocks_of(packing, texts=("w1 w2 w3", "w4", "w5 w6 w7 w8"), tokenizer=None):
+    return tokenize_texts(Dataset.from_dict({"text": list(texts)}), tokenizer or toy_tokenizer(), packing, "task 't'")
+
+
+def with_special_tokens():
+    """One that begins texts with 1 and ends them with 2, as RoBERTa's does."""
+    tokenizer = toy_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 1), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def test_packing_by_hand():
+    # w1 is token 17. The stream is w1 w2 w3 </s> w4 </s> w5 w6 w7 w8 </s>.
+    found = blocks_of(Packing(4))
+    assert found.rows["input_ids"][:] == [[17, 18, 19, EOS], [20, EOS, 21, 22]]
+    assert found.rows["labels"][:] == found.rows["input_ids"][:]
+    assert found.rows["attention_mask"][:] == [[1] * 4] * 2
+    assert (found.texts, found.tokens, found.dropped, found.cut) == (3, 8, 3, 0)
+    kept = blocks_of(Packing(4, drop_last=False))
+    assert kept.rows["input_ids"][2] == [23, 24, EOS] and (kept.tokens, kept.dropped) == (11, 0)
+    one_left = blocks_of(Packing(5, drop_last=False))  # a single token predicts nothing
+    assert [len(ids) for ids in one_left.rows["input_ids"]] == [5, 5] and one_left.dropped == 1
+
+
+def test_texts_that_are_not_packed():
+    found = blocks_of(Packing(4, pack=False))
+    assert found.rows["input_ids"][:] == [[17, 18, 19, EOS], [20, EOS], [21, 22, 23, 24]] and found.cut == 1
+    assert found.rows["labels"][1] == [20, EOS]
+
+
+def test_packing_with_special_tokens_of_the_tokenizer():
+    tokenizer = with_special_tokens()
+    found = blocks_of(Packing(4), tokenizer=tokenizer)  # each text between its tokens, the end token once
+    assert found.rows["input_ids"][:] == [[1, 17, 18, 19], [EOS, 1, 20, EOS], [1, 21, 22, 23]]
+    masked = blocks_of(Packing(6, masked=True), tokenizer=tokenizer)  # each row between them
+    assert masked.rows["input_ids"][:] == [[1, 17, 18, 19, EOS, EOS], [1, 20, EOS, 21, 22, EOS]]
+    assert masked.dropped == 2 and "labels" not in masked.rows.column_names
+    kept = blocks_of(Packing(6, masked=True, drop_last=False), tokenizer=tokenizer)
+    assert kept.rows["input_ids"][2] == [1, 23, 24, EOS]
+    alone = blocks_of(Packing(5, pack=False, masked=True), tokenizer=tokenizer)
+    assert alone.rows["input_ids"][:] == [[1, 17, 18, 19, EOS], [1, 20, EOS], [1, 21, 22, 23, EOS]] and alone.cut == 1
+
+
+def test_many_texts_make_one_stream():
+    texts = [f"w{i % 70} w{(i * 7) % 70}" for i in range(2500)]  # more than are tokenised at once
+    found = blocks_of(Packing(8), texts)
+    stream = [token for ids in found.rows["input_ids"] for token in ids]
+    expected = [token for text in texts for token in [*toy_tokenizer()(text)["input_ids"], EOS]]
+    assert stream == expected[: len(stream)] and len(stream) == 7496 and found.dropped == 4
+
+
+def test_default_block_size_is_that_of_run_clm():
+    tokenizer = toy_tokenizer()
+    assert default_block_size(tokenizer, 128) == 128 and default_block_size(tokenizer, None) == 1024
+    assert default_block_size(tokenizer, 4096) == 1024
+    tokenizer.model_max_length = 512
+    assert default_block_size(tokenizer, 2048) == 512 and default_block_size(tokenizer, 128) == 128
+
+
+def test_texts_that_make_no_row():
+    with pytest.raises(InputError, match="task 't': its 11 tokens are less than one row of data.block_size=12; set"):
+        blocks_of(Packing(12))
+    with pytest.raises(InputError, match="task 't': its texts have no tokens"):
+        blocks_of(Packing(4), ["\u200b"], tokenizer=nothing_known())
+    with pytest.raises(InputError, match="data.block_size=3 leaves no room for text"):
+        blocks_of(Packing(3, masked=True), tokenizer=with_special_tokens())
+    tokenizer = toy_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="has no eos token, so texts could not be told apart"):
+        blocks_of(Packing(4), tokenizer=tokenizer)
+
+
+def nothing_known():
+    """A tokenizer that leaves out what it does not know."""
+    tokenizer = Tokenizer(models.WordPiece({"a": 0, "</s>": 1}, unk_token="</s>"))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")

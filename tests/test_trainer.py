@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    GenerationConfig,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,14 +40,17 @@ from hf_continual import (
     InputError,
     Task,
 )
+from hf_continual.collators import make_collator
 from hf_continual.distributed import Distributed, GradientSeam, GradView
+from hf_continual.evaluation import EvaluationConfig, evaluate_task
 from hf_continual.lora import LoraView, trainable_state
 from hf_continual.methods.base import MethodList
 from hf_continual.methods.inclora import IncLoRA
 from hf_continual.methods.migu import MIGU
 from hf_continual.methods.olora import OLoRA
 from hf_continual.methods.replay import Replay
-from hf_continual.testing import close, equal, hook_count, tiny_model, toy_rows, weights
+from hf_continual.testing import close, equal, hook_count, tiny_model, toy_rows, toy_tokenizer, weights
+from hf_continual.tokenization import encode_prompt, tokenize_dataset
 
 TRAINERS = {"llama": (Trainer, ContinualTrainer), "t5": (Seq2SeqTrainer, ContinualSeq2SeqTrainer)}
 
@@ -1022,3 +1029,206 @@ def test_training_step_ends_before_clipping_and_saving_ends_with_the_state(tmp_p
 
 def test_an_empty_method_list_is_falsy():
     assert not MethodList() and not ContinualMixin.methods and MethodList(["migu"])
+
+
+# -- answers in evaluate() ---------------------------------------------------------------------------------------------
+
+
+def text_rows(rows=10, references=("red", "blue", "green")):
+    prompts = [" ".join(f"w{(7 * i + k) % 70}" for k in range(1 + i % 5)) + " Answer :" for i in range(rows)]
+    return datasets.Dataset.from_dict(
+        {"prompt": prompts, "references": [[references[i % len(references)], "cat"] for i in range(rows)]}
+    )
+
+
+def token_rows(kind, rows):
+    pairs = rows.map(lambda row: {"completion": row["references"][0]})
+    return tokenize_dataset(pairs, toy_tokenizer(), seq2seq=kind == "t5")
+
+
+def answering_trainer(folder, kind, rows=None, compute_metrics=None, task=None, cls=None, **options):
+    model = tiny_model(kind)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)  # no near-ties
+    settings = {"predict_with_generate": True, "generation_max_length": 6, "per_device_eval_batch_size": 4, **options}
+    kwargs = {"task": task} if task is not None else {}
+    return (cls or TRAINERS[kind][1])(
+        model, arguments(folder, kind, **settings), processing_class=toy_tokenizer(), eval_dataset=rows,
+        train_dataset=token_rows(kind, text_rows()), compute_metrics=compute_metrics,
+        data_collator=make_collator(toy_tokenizer(), model, kind == "t5"), **kwargs,
+    )  # fmt: skip
+
+
+def expected_cell(trainer, rows, kind, scorer="exact_match", labels=None):
+    config = EvaluationConfig(scorer=scorer, batch_size=4, max_new_tokens=5 if kind == "t5" else 6)
+    task = Task("t", eval_dataset=rows, labels=labels)
+    return evaluate_task(trainer.model, toy_tokenizer(), task, config, max_prompt_length=512)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_evaluate_scores_generated_answers(kind, tmp_path):
+    """The scores and answers of the task queue, from text rows and from tokenised ones, beside the loss as ever."""
+    given, rows = [], text_rows()
+
+    def measure(prediction):
+        given.append(prediction)
+        texts = toy_tokenizer().batch_decode(prediction.predictions, skip_special_tokens=True)  # as for Seq2SeqTrainer
+        labels = np.where(prediction.label_ids != -100, prediction.label_ids, 0)
+        return {"same": sum(a == b for a, b in zip(texts, toy_tokenizer().batch_decode(labels), strict=True)) / 10}
+
+    # A model that is right now and then: references are its own answers.
+    first = answering_trainer(tmp_path, kind, rows)
+    answers = [p["prediction"] for p in expected_cell(first, rows, kind).predictions]
+    rows = rows.map(lambda row, i: {"references": [answers[i] if i % 2 else "red"]}, with_indices=True)
+    trainer = answering_trainer(tmp_path, kind, rows, measure, eval_scorer="rouge_l")
+    cell = expected_cell(trainer, rows, kind, "rouge_l")
+    metrics = trainer.evaluate()
+    assert metrics["eval_rouge_l"] == cell.score > 0 and metrics["eval_exact_match"] == cell.others["exact_match"] > 0
+    assert given[0].answers == [p["prediction"] for p in cell.predictions] == answers
+    assert given[0].references == list(rows["references"]) and len(given[0].predictions) == 10
+    decoded = toy_tokenizer().batch_decode(given[0].predictions, skip_special_tokens=True)
+    assert [text.strip() for text in decoded] == answers
+
+    tokens = token_rows(kind, rows)
+    plain = TRAINERS[kind][0](trainer.model, trainer.args, data_collator=trainer.data_collator)
+    plain.args = copy.copy(trainer.args)
+    plain.args.predict_with_generate = False
+    assert metrics["eval_loss"] == plain.evaluate(tokens)["eval_loss"]
+    again = trainer.evaluate(tokens, metric_key_prefix="again")
+    expected = {f"again_{name}": metrics[f"eval_{name}"] for name in ("loss", "rouge_l", "exact_match", "same")}
+    assert {name: again[name] for name in expected} == expected
+    assert given[1].answers == answers and np.array_equal(given[1].label_ids, given[0].label_ids)
+    predicted = trainer.predict(tokens)
+    assert np.array_equal(predicted.predictions, given[0].predictions)
+    assert predicted.metrics["test_rouge_l"] == cell.score
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_evaluate_while_training_and_by_task(kind, tmp_path):
+    sets = {"first": text_rows(6), "second": token_rows(kind, text_rows(8))}
+    trainer = answering_trainer(
+        tmp_path, kind, sets, eval_strategy="steps", eval_steps=2, task=Task("first", labels=["red", "blue", "green"]),
+        load_best_model_at_end=True, metric_for_best_model="eval_second_exact_match", save_strategy="steps",
+        save_steps=2,
+    )  # fmt: skip
+    plain = answering_trainer(tmp_path, kind, cls=TRAINERS[kind][1], predict_with_generate=False)
+    trainer.train()
+    plain.train()
+    logs = [log for log in trainer.state.log_history if "eval_first_exact_match" in log]
+    assert [log["step"] for log in logs] == [2, 3]  # the last step saves, and so evaluates
+    assert 0 <= logs[0]["eval_first_exact_match"] <= 1 and "eval_first_loss" in logs[0]
+    second = [log for log in trainer.state.log_history if "eval_second_exact_match" in log]
+    assert len(second) == 2 and "eval_second_loss" in second[0]
+    # Evaluation changes nothing of the training; the last of three steps comes after the first.
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (trainer, plain)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_evaluate_by_label_likelihood_takes_the_labels_of_the_task(tmp_path):
+    rows = text_rows()
+    trainer = answering_trainer(tmp_path, "llama", rows, eval_scorer="label_likelihood")
+    own = expected_cell(trainer, rows, "llama", "label_likelihood", ["blue", "cat", "green", "red"])
+    assert trainer.evaluate()["eval_accuracy"] == own.score
+    trainer.task = Task("t", labels=["dog", "red"])
+    of_task = expected_cell(trainer, rows, "llama", "label_likelihood", ["dog", "red"])
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == of_task.score
+    assert metrics["eval_predictions_outside_labels"] == 0
+
+
+def test_evaluate_with_beams_uses_generate(tmp_path):
+    rows = text_rows()
+    trainer = answering_trainer(tmp_path, "t5", rows, generation_num_beams=3)
+    ids = [encode_prompt(row["prompt"], toy_tokenizer(), 512, True) for row in rows]
+    expected = []
+    for each in ids:
+        output = trainer.model.generate(input_ids=torch.tensor([each]), num_beams=3, max_length=6, do_sample=False)
+        expected.append(toy_tokenizer().decode(output[0], skip_special_tokens=True))
+    given = []
+    trainer.compute_metrics = lambda p: given.append(p.answers) or {}
+    trainer.evaluate()
+    assert given == [expected]
+    greedy = expected_cell(trainer, rows, "t5").predictions
+    trainer.evaluate(num_beams=1, max_new_tokens=5)
+    assert given[1] == [p["prediction"] for p in greedy]
+    by_file = GenerationConfig(num_beams=3, max_length=6)
+    by_file.save_pretrained(tmp_path)
+    trainer.args.generation_num_beams, trainer.args.generation_config = None, str(tmp_path)
+    trainer.evaluate()
+    assert given[2] == expected
+
+
+def test_the_models_own_settings_and_left_padding_stay(tmp_path):
+    trainer = answering_trainer(tmp_path, "llama", text_rows())
+    plain = trainer.evaluate()
+    trainer.model.generation_config.update(do_sample=True, temperature=5.0)
+    tokenizer = trainer.processing_class
+    assert tokenizer.padding_side == "right"
+    metrics = trainer.evaluate()
+    assert {k: v for k, v in metrics.items() if "exact" in k} == {k: v for k, v in plain.items() if "exact" in k}
+    assert trainer.model.generation_config.temperature == 5.0 and tokenizer.padding_side == "right"
+    assert trainer._answering is None
+
+
+NO_PROMPT = datasets.Dataset.from_dict({"input_ids": [[5, 6]], "attention_mask": [[1, 1]], "labels": [[5, 6]]})
+BAD_EVALUATION = {
+    "no tokenizer": (lambda t, rows: setattr(t, "processing_class", None), {}, "give the trainer processing_class"),
+    "beams of sampling": (None, {"do_sample": True}, "do_sample=True would give other scores"),
+    "unknown keyword": (None, {"num_beems": 3}, r"\['num_beems'\], which is no setting of generate"),
+    "no answer": (None, {"max_length": 0}, "leaves 0 tokens for an answer"),
+    "batches": (lambda t, rows: setattr(t.args, "batch_eval_metrics", True), {}, "batch_eval_metrics=True"),
+    "split weights": (lambda t, rows: setattr(t.dist, "backend", "zero3"), {}, "on backend zero3.*use DDP or ZeRO-2"),
+    "no prompt": (lambda t, rows: rows.append(NO_PROMPT), {}, "row 0: its labels begin at its first token"),
+    "no labels": (
+        lambda t, rows: rows.append(NO_PROMPT.map(lambda r: {"labels": [-100, -100]})), {}, "row 0: all its labels"
+    ),
+    "columns": (lambda t, rows: rows.append(NO_PROMPT.remove_columns("labels")), {}, "has input_ids, attention_mask"),
+    "no rows": (lambda t, rows: rows.append(text_rows(1).select([])), {}, "is empty"),
+    "no references": (lambda t, rows: rows.append(text_rows().remove_columns("references")), {}, "row 0 has no ref"),
+    "a scorer's column": (lambda t, rows: setattr(t.args, "eval_scorer", "sari"), {}, "row 0 has no 'source'"),
+    "no such config": (lambda t, rows: setattr(t.args, "generation_config", "/none"), {}, "generation_config='/none'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_EVALUATION)
+def test_evaluation_that_cannot_be_is_refused(case, tmp_path):
+    change, keywords, sentence = BAD_EVALUATION[case]
+    rows = []
+    trainer = answering_trainer(tmp_path, "llama", text_rows())
+    if change is not None:
+        change(trainer, rows)
+    with pytest.raises(InputError, match=sentence):
+        trainer.evaluate(rows[0] if rows else None, **keywords)
+
+
+def test_what_cannot_be_answered_is_refused_before_training(tmp_path):
+    trainer = answering_trainer(
+        tmp_path, "llama", {"a": text_rows(), "b": NO_PROMPT}, eval_strategy="steps", eval_steps=2
+    )
+    with pytest.raises(InputError, match="there is no prompt to answer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"predict_with_generate": True, "eval_scorer": "exact"}, "eval_scorer='exact' is unknown; did you mean"),
+    ({"eval_scorer": "exact_match"}, "eval_scorer='exact_match' scores generated answers; set predict_with_generate"),
+    ({"predict_with_generate": True, "generation_max_length": 0}, "generation_max_length=0 must be a whole number"),
+    ({"predict_with_generate": True, "eval_max_prompt_length": "long"}, "eval_max_prompt_length='long' must be"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_options_of_answers_that_cannot_be_are_refused(kind, options, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        arguments(tmp_path, kind, **options)
+
+
+def test_options_of_answers_are_read_from_the_command_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--predict_with_generate", "--generation_max_length", "7", "--eval_scorer",
+             "rouge_l", "--generation_config", "somewhere"]  # fmt: skip
+    for cls in (ContinualTrainingArguments, ContinualSeq2SeqTrainingArguments):
+        (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(words)
+        assert args.predict_with_generate and args.generation_max_length == 7 and args.eval_scorer == "rouge_l"
+        assert str(args.generation_config) == "somewhere"
+    given = arguments(tmp_path, generation_config=GenerationConfig(num_beams=2))
+    assert given.to_dict()["generation_config"]["num_beams"] == 2 and json.loads(given.to_json_string())

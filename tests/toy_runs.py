@@ -152,6 +152,28 @@ POINTS = {
 }
 
 
+def _in_answers():
+    from hf_continual.run_state import PartialAnswers
+
+    original = PartialAnswers.add
+
+    def replaced(self, found):
+        original(self, found)
+        if "01-toy1" in str(self._own) and "toy0" in self._own.name:  # the first of two groups
+            die()
+
+    PartialAnswers.add = replaced
+
+
+def _before_answers_are_dropped():
+    from hf_continual.run_state import PartialAnswers
+
+    _before(PartialAnswers, "drop", lambda self: "01-toy1" in str(self._own))
+
+
+SCORING_POINTS = {"in the answers": _in_answers, "before the answers are dropped": _before_answers_are_dropped}
+
+
 def _in_replay_phase():
     original = ContinualMixin.training_step
 
@@ -209,7 +231,7 @@ SIGNAL_POINTS = {
 
 def _child(folder, name, point, training):
     torch.set_num_threads(1)
-    {**POINTS, **FUSION_POINTS, **SIGNAL_POINTS}[point]()
+    {**POINTS, **FUSION_POINTS, **SIGNAL_POINTS, **SCORING_POINTS}[point]()
     make_queue(folder, name, **training).run()
 
 

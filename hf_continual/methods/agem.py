@@ -23,12 +23,16 @@ from ..attention import refuse_reentrant_arguments
 from ..distributed import WHOLE_WEIGHTS, GradView, flatten, split_weights
 from ..errors import InputError
 from ..replay import (
+    SOURCE_HELP,
     Policy,
     ReplayBuffer,
+    Source,
     check_buffer,
     check_columns,
     check_rows,
+    check_source,
     features_of,
+    replayed_rows,
     tokenizer_key,
 )
 from .base import ContinualMethod, MethodContext
@@ -44,6 +48,7 @@ class AGEMConfig:
         default=None, metadata={"help": "Rows kept in all, overriding ratio; older tasks then give up theirs."}
     )
     policy: Policy = field(default="random", metadata={"help": "Which rows are kept, as in replay."})
+    source: Source = field(default="past", metadata={"help": SOURCE_HELP})
     seed: int = field(default=42, metadata={"help": "Seed of the rows that are kept, and of those drawn at each step."})
     memory_batch_size: int = field(
         default=16, metadata={"help": "Stored rows drawn at each optimizer step, over all processes together."}
@@ -60,6 +65,7 @@ class AGEMConfig:
 def check_memory(config: Any) -> None:
     """Refuse a memory that cannot be."""
     check_buffer(config.ratio, config.count, config.total, config.policy, config.seed)
+    check_source(config.source)
     for option in ("memory_batch_size", "memory_micro_batch"):
         value = getattr(config, option)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -136,13 +142,15 @@ class AGEM(ContinualMethod[AGEMConfig]):
         super().__init__(config, **options)
         c = self.config
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
+        self._rows: Any = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
+        self._rows = task_memory(self.memory_, ctx, self.config)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:
-        memory = self.memory_.rows
+        memory = self._rows
         if memory is None or not len(memory):
             return
         if ctx.state.global_step == 0:
@@ -157,6 +165,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         keep_task(self.memory_, ctx)
+        self._rows = None
 
 
 def draw_rows(available: int, size: int, seed: int, ctx: MethodContext) -> list[int]:
@@ -170,6 +179,11 @@ def check_task(memory: ReplayBuffer, ctx: MethodContext, method: str) -> None:
     check_rows(ctx.rows, method, ctx.task.name)
     check_columns(ctx.rows, memory.rows, method, ctx.task.name)
     memory.bind(None, tokenizer_key(ctx.tokenizer))
+
+
+def task_memory(memory: ReplayBuffer, ctx: MethodContext, config: Any) -> Any:
+    """The rows that are drawn from while a task is learnt."""
+    return replayed_rows(memory.rows, ctx.rows, config.source, config.seed + ctx.task.index)
 
 
 def keep_task(memory: ReplayBuffer, ctx: MethodContext) -> None:

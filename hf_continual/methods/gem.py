@@ -26,8 +26,16 @@ from torch import Tensor
 from ..attention import refuse_reentrant_arguments
 from ..distributed import WHOLE_WEIGHTS, GradView, split_weights
 from ..errors import InputError
-from ..replay import Policy, ReplayBuffer
-from .agem import check_checkpointing, check_memory, check_task, draw_rows, keep_task, memory_gradient
+from ..replay import SOURCE_HELP, Policy, ReplayBuffer, Source
+from .agem import (
+    check_checkpointing,
+    check_memory,
+    check_task,
+    draw_rows,
+    keep_task,
+    memory_gradient,
+    task_memory,
+)
 from .base import ContinualMethod, MethodContext
 
 
@@ -39,6 +47,7 @@ class GEMConfig:
         default=None, metadata={"help": "Rows kept in all, overriding ratio; older tasks then give up theirs."}
     )
     policy: Policy = field(default="random", metadata={"help": "Which rows are kept, as in replay."})
+    source: Source = field(default="past", metadata={"help": SOURCE_HELP})
     seed: int = field(default=42, metadata={"help": "Seed of the rows that are kept, and of those drawn at each step."})
     margin: float = field(
         default=0.5,
@@ -172,13 +181,15 @@ class GEM(ContinualMethod[GEMConfig]):
         super().__init__(config, **options)
         c = self.config
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
+        self._rows: Any = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
+        self._rows = task_memory(self.memory_, ctx, self.config)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:
-        memory, config = self.memory_.rows, self.config
+        memory, config = self._rows, self.config
         if memory is None or not len(memory):
             return
         if ctx.state.global_step == 0:
@@ -206,3 +217,4 @@ class GEM(ContinualMethod[GEMConfig]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         keep_task(self.memory_, ctx)
+        self._rows = None

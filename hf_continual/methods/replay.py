@@ -14,6 +14,8 @@ shares a fixed number of rows equally between the tasks, or with `reservoir` bet
 `mixing` says how they are trained on: `mix` shuffles D_t' (MIGU); `alternate` puts a micro-batch of stored rows after
 every floor(|D_t| / |M|) new ones (SEEKR's code); `after` trains on D_t, then on the stored rows alone (TRACE's code).
 
+`source: current_task` is the padded control: as many rows of D_t in the place of M, so the same steps without old data.
+
 Source: LoRAReplay and FTReplay of MIGU (arXiv:2406.17245, App. A: 2 % of every past task).
 Deviation: the reference draws M_i again from the full D_i for every later task; a buffer that keeps only M_i cannot, so
 here it is drawn once, when task i ends. floor(ratio n) = 0 becomes 1, so that small tasks are not silently left out.
@@ -32,12 +34,16 @@ from ..distributed import ALL_BACKENDS
 from ..errors import InputError
 from ..interleaving import InterleavedDataset
 from ..replay import (
+    SOURCE_HELP,
     Policy,
     ReplayBuffer,
+    Source,
     check_buffer,
     check_columns,
     check_rows,
+    check_source,
     features_of,
+    replayed_rows,
     tokenizer_key,
 )
 from .base import ContinualMethod, MethodContext, TrainingPhase
@@ -68,9 +74,11 @@ class ReplayConfig:
     after_learning_rate: float | None = field(
         default=None, metadata={"help": "Its learning rate; default: that of the training."}
     )
+    source: Source = field(default="past", metadata={"help": SOURCE_HELP})
 
     def __post_init__(self) -> None:
         check_buffer(self.ratio, self.count, self.total, self.policy, self.seed)
+        check_source(self.source)
         if self.mixing not in get_args(Mixing):
             raise InputError(f"mixing={self.mixing!r} is unknown; choose {', '.join(get_args(Mixing))}")
         for option, default in (("after_epochs", 1.0), ("after_learning_rate", None)):
@@ -112,7 +120,7 @@ class Replay(ContinualMethod[ReplayConfig]):
         check_columns(dataset, self.buffer_.rows, self.name, ctx.task.name)
         self.buffer_.bind(None, tokenizer_key(ctx.tokenizer))  # rows say nothing of the model
         self._current = dataset
-        stored = self.buffer_.rows
+        stored = self._replayed(ctx)
         if self.config.mixing == "after" and ctx.dist.backend == "fsdp2":
             raise InputError(
                 "method 'replay': mixing='after' trains once more, and FSDP2 cannot wrap a model twice; use mix or "
@@ -126,13 +134,18 @@ class Replay(ContinualMethod[ReplayConfig]):
             dataset = datasets.Dataset.from_list([dataset[i] for i in range(len(dataset))])
         return datasets.concatenate_datasets([dataset, stored.cast(dataset.features)])
 
+    def _replayed(self, ctx: MethodContext) -> datasets.Dataset | None:
+        own = self._current if ctx.rows is None else ctx.rows  # not what another method has mixed in
+        return replayed_rows(self.buffer_.rows, own, self.config.source, self.config.seed + ctx.task.index)
+
     def training_phase(self, ctx: MethodContext) -> TrainingPhase | None:
-        if self.config.mixing != "after" or self.buffer_.rows is None:
+        stored = self._replayed(ctx) if self.config.mixing == "after" else None
+        if stored is None:
             return None
         options: dict[str, Any] = {"num_train_epochs": self.config.after_epochs}
         if self.config.after_learning_rate is not None:
             options["learning_rate"] = self.config.after_learning_rate
-        return TrainingPhase(f"{self.name}/after", self.buffer_.rows, options)
+        return TrainingPhase(f"{self.name}/after", stored, options)
 
     def on_task_end(self, ctx: MethodContext) -> None:
         buffer = copy.copy(self.buffer_)  # as with other state, whoever holds the old one keeps it

@@ -213,7 +213,8 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
 
     @property
     def _attends(self) -> bool:
-        return bool(self.config.attention_weight) or self.config.track_drift
+        wanted = bool(self.config.attention_weight) or self.config.track_drift
+        return wanted and self.config.source == "past"
 
     def default_replay_weight(self, new: int, stored: int) -> float:
         """As often as stored micro-batches come between new ones where they alternate."""
@@ -501,7 +502,7 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _measure_drift(self, ctx: MethodContext) -> None:
         """L_ad on the stored rows of each earlier task."""
         found: dict[int, list[float]] = {}
-        collator, rows = self._collator, self._stored_rows()
+        collator, rows = self._collator, self._stored_rows(ctx)
         with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
             for index, task in enumerate(self.buffer_.tasks):
                 batch = ctx.make_batch([rows[index]], collator)

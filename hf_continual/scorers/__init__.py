@@ -37,7 +37,8 @@ from .likelihood import perplexity
 from .sari import sari, sari_trace
 from .text_overlap import edit_ready, edit_similarity, edit_similarity_trace, rouge_l, rouge_l_trace, rouge_ready
 
-__all__ = ["METRIC_FILE", "SCORERS", "Scorer", "Scores", "check_rows", "get", "load", "references_of", "score"]
+__all__ = ["METRIC_FILE", "SCORERS", "Scorer", "Scores", "check_rows", "get", "load", "lower_is_better", "of_metric",
+           "references_of", "score"]  # fmt: skip
 
 METRIC_FILE = str(Path(__file__).with_name("metric.py"))
 """The file `evaluate.load(METRIC_FILE, name)` takes."""
@@ -155,6 +156,17 @@ def get(name: str, where: str = "scorer") -> Scorer:
     if not isinstance(name, str) or name not in SCORERS:
         raise InputError(f"{where}={name!r} is unknown{did_you_mean(str(name), SCORERS)}")
     return SCORERS[name]
+
+
+def of_metric(metric: str) -> Scorer | None:
+    """The scorer whose number has this name; None if it is of no scorer here."""
+    return next((scorer for scorer in SCORERS.values() if (scorer.metric or scorer.name) == metric), None)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of this number is better; of a name that no scorer here has, more."""
+    scorer = of_metric(metric)
+    return scorer is not None and not scorer.higher_is_better
 
 
 def score(name: str, rows: Sequence[Row], labels: Sequence[str] | None = None, where: str = "") -> Scores:

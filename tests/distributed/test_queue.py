@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from test_end_tasks import end_task
+from test_pretraining import masked_model, masked_tokenizer, text_task
 from toy_runs import assert_same, save_model, snapshot
+from transformers import RobertaForMaskedLM, set_seed
 
 from hf_continual import InputError, TaskQueue
 from hf_continual.checkpoints import usable_checkpoint
@@ -197,6 +200,78 @@ def test_a_rank_that_dies(backend, rank, model, tmp_path):
     codes, said = launch(learn, tmp_path, model, "migu", backend, {"save_steps": 2})
     assert codes == [0, 0], said
     assert_close(tmp_path / "run", snapshot(reference / "run"), 0.0)
+
+
+def learn_and_lose_while_scoring(folder, model):
+    """Rank 1 dies once its first answers to the second cell after the second task are kept."""
+    from hf_continual.run_state import PartialAnswers
+
+    add = PartialAnswers.add
+
+    def replaced(self, found):
+        add(self, found)
+        if "01-toy1" in str(self._own) and self._own.name == "toy1.rank1.partial":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PartialAnswers.add = replaced
+    make_queue(folder / "run", model, "migu", "ddp", accumulation=1).run()
+
+
+def test_a_rank_that_dies_while_it_scores(model, alone, tmp_path):
+    """What it answered is not answered again, and the run ends as one process's, whose batches are the same."""
+    codes, said = launch(learn_and_lose_while_scoring, tmp_path, model)
+    assert codes[1] == -signal.SIGKILL and codes[0] == 2, said
+    left = sorted((tmp_path / "run").glob("tasks/01-toy1/predictions/toy1.rank*.partial"))
+    assert len(left[1].read_text().splitlines()) == 3  # the key, and a batch of two rows
+    codes, said = launch(learn, tmp_path, model, "migu", "ddp")
+    assert codes == [0, 0], said
+    assert_close(tmp_path / "run", alone("migu"), 1e-5)
+    assert not list((tmp_path / "run").glob("**/*.partial"))
+
+
+def evaluate_answers(folder, backend):
+    """Metrics of `evaluate()` with answers, of text rows and of tokenised ones, on this rank."""
+    from hf_continual import ContinualTrainer, ContinualTrainingArguments
+    from hf_continual.collators import make_collator
+    from hf_continual.testing import toy_tokenizer
+    from hf_continual.tokenization import tokenize_dataset
+
+    if backend == "fsdp2":
+        pretend_accelerators()
+    task, tokenizer, model = toy_stream(1, eval_rows=11)[0], toy_tokenizer(), tiny_model()
+    args = ContinualTrainingArguments(
+        output_dir=str(folder), predict_with_generate=True, generation_max_length=4, per_device_eval_batch_size=2,
+        eval_scorer="rouge_l", use_cpu=True, disable_tqdm=True, report_to="none", max_steps=1, save_strategy="no",
+        dataloader_pin_memory=False, **backend_options(backend),
+    )  # fmt: skip
+    answers = []
+    trainer = ContinualTrainer(
+        model, args, processing_class=tokenizer, data_collator=make_collator(tokenizer),
+        train_dataset=tokenize_dataset(task.train_dataset, tokenizer, seq2seq=False),
+        compute_metrics=lambda p: answers.append(p.answers) or {"rows": len(p.answers)},
+    )  # fmt: skip
+    found = []
+    if backend in ("fsdp2", "zero3"):
+        trainer.train()
+    for rows in (task.eval_dataset, tokenize_dataset(task.eval_dataset, tokenizer, seq2seq=False)):
+        metrics = trainer.evaluate(rows)
+        found.append({k: v for k, v in metrics.items() if k in ("eval_rouge_l", "eval_exact_match", "eval_rows")})
+    rank = os.environ.get("RANK", "alone")
+    (folder / f"found{rank}").write_text(json.dumps([found, answers]))
+
+
+def test_evaluate_answers_the_same_on_two_ranks(tmp_path):
+    evaluate_answers(tmp_path, "single")
+    codes, said = launch(evaluate_answers, tmp_path, "single")
+    assert codes == [0, 0], said
+    alone = (tmp_path / "foundalone").read_text()
+    assert [(tmp_path / f"found{rank}").read_text() for rank in range(2)] == [alone, alone]
+    assert json.loads(alone)[0][0]["eval_rows"] == 11
+
+
+def test_evaluate_refuses_answers_where_the_weights_are_split(tmp_path):
+    codes, said = launch(evaluate_answers, tmp_path, "zero3")
+    assert codes == [2, 2] and "predict_with_generate=True cannot answer on backend zero3" in said[0], said
 
 
 def learn_and_lose_while_noting(folder, model):
@@ -494,3 +569,54 @@ def test_a_signal_in_an_evaluation(model, tmp_path):
     assert codes == [130, 130], said
     assert said[0] == said[1] == "stopped while scoring after toy0"
     assert (tmp_path / "run" / "tasks" / "00-toy0" / "predictions" / "toy0.json").exists()
+
+
+# -- plain text --------------------------------------------------------------------------------------------------------
+
+
+def make_texts(folder, kind, accumulation):
+    settings = toy_queue_options(
+        lora=False, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, max_steps=2,
+        train_sampling_strategy="sequential", adam_epsilon=1e-3,
+    )  # fmt: skip
+    if kind == "mlm":
+        settings |= {"model": still_masked_model, "processing_class": masked_tokenizer()}
+    settings["data"] |= {"block_size": 12}
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "adam_epsilon": 1e-3}
+    end = end_task(0, seeds=[1], training={**training, "max_steps": 4})
+    tasks = [text_task(0, kind, count=16, end_task=end), text_task(1, kind, count=16)]
+    return TaskQueue(folder, tasks=tasks, methods=["migu"], **settings)
+
+
+def still_masked_model():
+    """Without dropout, which two processes draw for other rows than one."""
+    config = masked_model().config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    set_seed(0)
+    return RobertaForMaskedLM(config)
+
+
+def learn_texts(folder, kind):
+    make_texts(folder / "run", kind, accumulation=1).run()
+
+
+def cell_of(run, after, task):
+    return json.loads((run / "tasks" / after / "predictions" / f"{task}.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["clm", "mlm"])
+def test_text_on_two_processes_equals_one(kind, tmp_path):
+    """The same blocks and masks, perplexities and end task."""
+    make_texts(tmp_path / "alone", kind, accumulation=2).run()
+    codes, said = launch(learn_texts, tmp_path, kind)
+    assert codes == [0, 0], said
+    ours, theirs = snapshot(tmp_path / "run"), snapshot(tmp_path / "alone")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, dict):
+            assert close(value, ours[name], 1e-5), f"{name} differs"
+    for after, task in (("00-domain0", "domain0"), ("01-domain1", "domain0"), ("01-domain1", "domain1")):
+        one, two = (cell_of(tmp_path / run, after, task) for run in ("alone", "run"))
+        assert two["score"] == pytest.approx(one["score"], rel=1e-5) and two["n"] == one["n"]
+        assert two["others"] == pytest.approx(one["others"], rel=1e-5)
+    assert "perplexity" in one["metric"] and one["others"]["tokens"] >= 5

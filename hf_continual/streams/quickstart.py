@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
-from .errors import InputError
-from .tasks import Task
+from ..errors import InputError
+from ..tasks import Task
 
 QUICKSTART_TASKS = ("sentiment", "topic", "tense")
 # Every fifth text, by its hash, is for scoring only.
