@@ -149,6 +149,10 @@ class LoraView:
             )
         with fresh_draw(self.seed):
             model.add_adapter(name, copy.deepcopy(first))
+        for _, layer in self.layers():  # PEFT leaves a new adapter on the CPU where the model has no weights yet
+            if name in layer.lora_A and layer.get_base_layer().weight.is_meta:
+                layer.lora_A[name].to("meta")
+                layer.lora_B[name].to("meta")
         self.activate([*self.adapters], [name])
 
     # -- storage ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import inspect
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -219,7 +219,10 @@ def features_of(ctx: MethodContext, rows: Any) -> Tensor:
             indices = range(start, min(start + size, len(rows)))
             batch = ctx.make_batch([dict(rows[i]) for i in indices])
             with ctx.autocast():
-                outputs = backbone(**{name: value for name, value in batch.items() if name in known})
+                if split:  # FSDP2 gathers the weights of a part where the whole model calls it, and not otherwise
+                    outputs = _output_of(backbone, ctx.model, batch)
+                else:
+                    outputs = backbone(**{name: value for name, value in batch.items() if name in known})
             hidden = getattr(outputs, "last_hidden_state", None)
             if hidden is None or hidden.dim() != 3 or len(hidden) != len(indices):
                 raise InputError(
@@ -237,6 +240,17 @@ def features_of(ctx: MethodContext, rows: Any) -> Tensor:
     finally:
         ctx.model.train(training)
     return torch.zeros(0, 1) if features is None else ctx.dist.sum_(features).cpu()
+
+
+def _output_of(part: nn.Module, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What a part returns in a forward of the whole model."""
+    seen: list[Any] = []
+    handle = part.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        model(**batch)
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
 
 
 def _backbone(model: Any) -> Any:

@@ -1,8 +1,9 @@
 """Every method on every backend computes what one process computes on the same global batch.
 
 Micro-batch j of a step in one process is rank j % W, accumulation j // W. Tolerance: 1e-5 relative to the largest entry
-of a tensor, after 8 to 12 steps in fp32; 4e-5 under ZeRO-3 and for SEEKR's outputs, whose rounding Adam amplifies (in
-float64 the same runs agree to 1e-10). Masked and unmasked runs differ
+of a tensor, after 8 to 12 steps in fp32; 4e-5 under ZeRO-3, for SEEKR's outputs and where DeepSpeed trains all weights
+on two rows a step, whose rounding Adam amplifies (in float64 the same runs agree to 1e-10, and with a larger epsilon of
+Adam to 3e-6); 2e-4 for SEEKR's outputs under ZeRO-3. Masked and unmasked runs differ
 by more than 1e-2. `HF_CONTINUAL_DISTRIBUTED=full` runs all cases, `pairs` each method on each backend once with LoRA
 and once in full, alternating accumulation; by default a selection that has every method and backend.
 """
@@ -73,6 +74,7 @@ SELECTION = [  # stream, backend, LoRA, accumulation, processes
     ("tasl", "fsdp2", False, 1, 2), ("inclora", "zero2", True, 1, 2), ("olora", "zero3", True, 1, 2),
     ("olora", "fsdp2", True, 1, 2), ("weight_ensemble", "zero3", True, 1, 2), ("weight_ema", "zero2", False, 1, 2),
     ("fisher_merge", "zero3", True, 1, 2), ("replay+migu", "zero1", False, 1, 2), ("er", "fsdp2", True, 1, 2),
+    ("herding", "fsdp2", True, 1, 2),
     ("seekr", "fsdp2", False, 1, 2), ("seekr", "zero3", True, 1, 2), ("seekr-outputs", "zero2", True, 1, 2),
     ("derpp", "zero3", False, 1, 2), ("ewc", "zero2", True, 1, 2), ("ewc-trace", "zero1", False, 1, 2),
     ("lwf", "zero2", False, 1, 2), ("agem", "zero2", True, 1, 2), ("gem", "zero1", False, 1, 2),
@@ -116,6 +118,13 @@ def alone(stream, lora, accumulation, processes, folder):
     return ALONE[key]
 
 
+def tolerance(stream, backend, lora, micro_batches):
+    if stream == "seekr-outputs":
+        return 2e-4 if backend == "zero3" else 4e-5
+    few_rows = micro_batches == 1 and not lora and backend.startswith("zero")
+    return 4e-5 if backend == "zero3" or few_rows else 1e-5
+
+
 @pytest.mark.parametrize(
     ("stream", "backend", "lora", "accumulation", "processes"), all_cases() if LEVEL else SELECTION
 )
@@ -128,7 +137,7 @@ def test_equals_one_process(stream, backend, lora, accumulation, processes, tmp_
         for other in ranks[1:]:
             assert all(torch.equal(ranks[0][name], other[name]) for name in other), "the ranks hold different values"
         expected = alone(stream, lora, accumulation, processes, tmp_path)
-        assert close(expected, ranks[0], 4e-5 if backend == "zero3" or stream == "seekr-outputs" else 1e-5)
+        assert close(expected, ranks[0], tolerance(stream, backend, lora, accumulation * processes))
         passed = True
     finally:
         support_matrix.record(names_of(stream), backend, passed)

@@ -4,7 +4,17 @@ from contract import MethodContract
 
 from hf_continual.errors import InputError
 from hf_continual.methods.olora import OLoRA, orthogonality
-from hf_continual.testing import equal, tiny_model, toy_rows, train_task, weights
+from hf_continual.task_queue import TaskQueue
+from hf_continual.testing import (
+    equal,
+    tiny_model,
+    toy_queue_options,
+    toy_rows,
+    toy_stream,
+    toy_tokenizer,
+    train_task,
+    weights,
+)
 
 
 class TestOLoRA(MethodContract):
@@ -89,3 +99,14 @@ def test_weights_per_task(tmp_path):
 def test_refuses_weights_that_cannot_be(value):
     with pytest.raises(InputError, match="lambda_1"):
         OLoRA(lambda_1=value)
+
+
+@pytest.mark.parametrize("name", ["olora", "inclora"])
+def test_a_dry_run_of_three_tasks_needs_no_weights(name, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    options = {**toy_queue_options(), "model": str(tmp_path / "model")}
+    options.pop("processing_class")
+    queue = TaskQueue(tmp_path / "run", tasks=toy_stream(3), methods=[name], **options)
+    queue.check()
+    assert {p.device.type for p in queue.model.fresh(empty=True).parameters()} == {"meta"}
