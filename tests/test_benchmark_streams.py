@@ -232,8 +232,8 @@ def test_scorers() -> None:
     assert naive == ["exact_match_trace", "exact_match_trace", "rouge_l_trace", "edit_similarity_trace",
                      "first_letter", "exact_match_trace", "exact_match_trace", "sari_trace"]  # fmt: skip
     reasoning = [task["scorer"] for task in find_stream("trace-order1:reasoning").tasks.values()]
-    assert reasoning == ["first_letter_seekr", "first_letter_seekr", "rouge_l_trace", "edit_similarity_trace",
-                         "first_letter_seekr", "exact_match_seekr", "exact_match_seekr", "sari_trace"]  # fmt: skip
+    assert reasoning == ["first_letter_seekr", "first_letter_seekr", "rouge_l_seekr", "edit_similarity_seekr",
+                         "first_letter_seekr", "exact_match_seekr", "exact_match_seekr", "sari_seekr"]  # fmt: skip
     assert {task["scorer"] for task in find_stream("sgd-order4").tasks.values()} == {"joint_goal_accuracy"}
     ends = {name: task["end_task"]["scorer"] for name, task in find_stream("das").tasks.items()}
     assert ends.pop("pubmed") == "micro_f1" and set(ends.values()) == {"macro_f1"}

@@ -90,6 +90,17 @@ def test_first_letter():
     assert one("first_letter_seekr", "since\nAnswer: B)", "B") == 1.0
 
 
+@pytest.mark.parametrize("name", ["rouge_l", "edit_similarity", "sari"])
+def test_seekrs_scorers_see_the_answer_alone(name):
+    columns = {"prompt": ["make it simpler : a b c d"]} if name == "sari" else {}
+    reasoned, plain_text = (
+        score(f"{name}_{kind}", rows((text, "a b c"), **columns)).value
+        for kind, text in (("seekr", "a b d\nReasoning: since a b c"), ("trace", "a b d"))
+    )
+    whole = score(f"{name}_trace", rows(("a b d\nReasoning: since a b c", "a b c"), **columns)).value
+    assert reasoned == plain_text != whole
+
+
 # ROUGE-L and edit similarity
 
 
@@ -404,7 +415,8 @@ def test_every_scorer_is_a_metric_of_evaluate_without_network(tmp_path):
             inputs[name] = given
             expected[name] = 0.75 if name.startswith("rouge_l") else 0.5
     expected |= {"first_letter": 1.0, "first_letter_seekr": 1.0, "edit_similarity": (1 + 4 / 6) / 2,
-                 "edit_similarity_trace": (1 + 0.67) / 2, "perplexity": math.exp(3 / 5), "micro_f1": 2 / 3}  # fmt: skip
+                 "edit_similarity_trace": (1 + 0.67) / 2, "edit_similarity_seekr": (1 + 0.67) / 2,
+                 "perplexity": math.exp(3 / 5), "micro_f1": 2 / 3}  # fmt: skip
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "1"}
     done = subprocess.run([sys.executable, "-c", METRICS], input=json.dumps(inputs), env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip

@@ -31,6 +31,7 @@ from .exact_match import (
     normalize_answer,
     normalize_squad,
     normalize_tasl,
+    of_extracted_answer,
     plain,
 )
 from .likelihood import perplexity
@@ -94,17 +95,34 @@ SCORERS: dict[str, Scorer] = {
         ),
         Scorer("rouge_l_trace", each_row(rouge_l_trace), "TRACE, metrics.py, with the package rouge 1.0.1"),
         Scorer(
+            "rouge_l_seekr",
+            of_extracted_answer(each_row(rouge_l_trace)),
+            "SEEKR, answer extraction of re_eval.py, then TRACE's ROUGE-L",
+        ),
+        Scorer(
             "sari",
             sari,
             "Xu et al. 2016, with 0/0 = 1 and the corrected recall of the metric in `evaluate`",
             columns=("source",),
         ),
         Scorer("sari_trace", sari_trace, "TRACE, eval_20Minuten.py", columns=("prompt",)),
+        Scorer(
+            "sari_seekr",
+            of_extracted_answer(sari_trace),
+            "SEEKR, answer extraction of re_eval.py, then TRACE's SARI",
+            columns=("prompt",),
+        ),
         Scorer("edit_similarity", each_row(edit_similarity), "rapidfuzz, fuzz.ratio", ready=edit_ready),
         Scorer(
             "edit_similarity_trace",
             each_row(edit_similarity_trace),
             "TRACE, eval_Py150.py, with fuzzywuzzy's fuzz.ratio",
+            ready=edit_ready,
+        ),
+        Scorer(
+            "edit_similarity_seekr",
+            of_extracted_answer(each_row(edit_similarity_trace)),
+            "SEEKR, answer extraction of re_eval.py, then TRACE's edit similarity",
             ready=edit_ready,
         ),
         Scorer(

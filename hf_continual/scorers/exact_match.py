@@ -6,8 +6,13 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from .base import Row, Scores
+
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+
+
+ScoreRows = Callable[[Sequence[Row], Sequence[str] | None], Scores]
 
 
 def plain(text: str) -> str:
@@ -106,3 +111,14 @@ def label_likelihood(prediction: str, references: Sequence[str]) -> float:
 def _equal(normalize: Callable[[str], str], prediction: str, references: Sequence[str]) -> float:
     answer = normalize(prediction)
     return float(any(answer == normalize(reference) for reference in references))
+
+
+def of_extracted_answer(function: ScoreRows) -> ScoreRows:
+    """A scorer that sees of each prediction the answer SEEKR takes out of it (`extract_answer`)."""
+
+    def score_rows(rows: Sequence[Row], labels: Sequence[str] | None = None) -> Scores:
+        return function([{**row, "prediction": extract_answer(row["prediction"])} for row in rows], labels)
+
+    first = (function.__doc__ or "").strip().splitlines()[0]
+    score_rows.__doc__ = f"Of the answer within reasoned text (`extract_answer`): {first}"
+    return score_rows
