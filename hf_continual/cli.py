@@ -383,7 +383,7 @@ def _cursor(queue: TaskQueue) -> int:
 
 def _estimate(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from . import recipes
-    from .memory_estimate import estimate_command
+    from .estimate_command import estimate_command
 
     if args.gpus < 1:
         raise InputError(f"--gpus {args.gpus} must be at least 1")

@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -56,11 +55,10 @@ from .methods.seekr import HEADS, LAYERS, SEEKR
 from .methods.weight_ema import WeightEMA
 from .models import ModelConfig, apply_lora, is_seq2seq, load_model
 from .skill_fusion import SkillFusion
-from .streams import describe_stream
 from .task_queue import DataConfig
 from .training_args import make_training_args
 
-__all__ = ["MemoryEstimate", "Plan", "estimate", "estimate_command", "parse_size", "plan_of"]
+__all__ = ["MemoryEstimate", "Plan", "estimate", "parse_size", "plan_of"]
 
 Backend = Literal["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 
@@ -742,7 +740,7 @@ def _step_scratch(name: str, counts: _Counts, master: bool, shards: int, device:
 
 
 def _empty_model(
-    source: ModelConfig | nn.Module, peft: Any, methods: Sequence[ContinualMethod[Any]], tasks: int
+    source: ModelConfig | nn.Module, peft: Any, methods: Sequence[ContinualMethod[Any]], tasks: int, masked: bool
 ) -> tuple[Any, set[str]]:
     """The model that learns the last task, on the meta device, and which of its weights are kept in 4 bits."""
     four_bit: set[str] = set()
@@ -757,7 +755,9 @@ def _empty_model(
         config = source
         if (config.attn_implementation or "").startswith("flash"):  # needs a GPU to be built, and keeps as much as sdpa
             config = dataclasses.replace(config, attn_implementation="sdpa")
-        model = load_model(dataclasses.replace(config, load_in_4bit=False), empty=True)  # without bitsandbytes, too
+        model = load_model(
+            dataclasses.replace(config, load_in_4bit=False), empty=True, masked=masked
+        )  # no bitsandbytes
         wanted = config.dtype if config.dtype != "auto" else getattr(model.config, "dtype", None) or "float32"
         dtype = wanted if isinstance(wanted, torch.dtype) else getattr(torch, str(wanted))
         quantized = config.load_in_4bit
@@ -847,6 +847,7 @@ def estimate(
     tasks: int = 2,
     device: str = "cuda",
     plan: Plan | None = None,
+    masked: bool = False,
 ) -> MemoryEstimate:
     """Memory of one GPU in the last of `tasks` tasks, without loading or computing anything.
 
@@ -860,6 +861,7 @@ def estimate(
         tasks: how many there are; most methods keep nothing before the second.
         device: `cuda`, or `cpu` for what the same training takes on a CPU.
         plan: in place of what `training` says about sharding and precision.
+        masked: a model that is named learns with the head of a masked language model (tasks of kind `mlm`).
 
     Raises:
         InputError: if the model cannot be found, an option cannot be, or the optimizer is unknown here.
@@ -871,7 +873,7 @@ def estimate(
         {"output_dir": "unused", "use_cpu": True, **{k: v for k, v in options.items() if k in _READ}}, seq2seq=True
     )
     data = data or DataConfig()
-    empty, four_bit = _empty_model(model, peft, listed, tasks)
+    empty, four_bit = _empty_model(model, peft, listed, tasks, masked)
     whole = _Counts.of(empty)
     if whole.trained == 0:
         raise InputError("the model has no parameter that learns; leave some unfrozen, or give peft options")
@@ -942,122 +944,3 @@ def estimate(
         trainable=whole.trained,
         notes=tuple(notes),
     )
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-def estimate_command(
-    recipe: str | Path,
-    overrides: Mapping[str, Any],
-    gpus: int,
-    gpu_memory: str,
-    only: str | None = None,
-    accelerate_config: str | None = None,
-) -> int:
-    """Print the memory of each run of a recipe, seeds left out, and whether it fits. Returns 0.
-
-    Args:
-        recipe: a path, or the name of a recipe of the package.
-        overrides: as for `run`, dotted.
-        gpus: how many train together.
-        gpu_memory: of one of them, such as `80GB`.
-        only: comma-separated variants.
-        accelerate_config: preset or file that the run would be launched with.
-
-    Raises:
-        InputError: as `estimate`, for a size that is none, and for a variant that there is not.
-    """
-    from . import recipes
-    from .models import quiet
-
-    quiet()
-    available = parse_size(gpu_memory)
-    path = recipes.find_recipe(str(recipe))
-    runs = recipes.expand(recipes.load_recipe(path), path.parent.resolve(), overrides)
-    if only:
-        known = {str(run.variant) for run in runs}
-        for name in only.split(","):
-            if name not in known:
-                raise InputError(f"--only {name}: the recipe has no such variant; it has {', '.join(sorted(known))}")
-        runs = [run for run in runs if str(run.variant) in only.split(",")]
-    kinds: dict[str, Any] = {}
-    for run in runs:
-        key = json.dumps([run.variant, {k: v for k, v in run.recipe.items() if k != "seed"}], default=str)
-        kinds.setdefault(key, run)
-    found: list[tuple[str, MemoryEstimate]] = []
-    for run in kinds.values():
-        tasks = 1 if run.recipe["joint"] else _number_of_tasks(run.recipe["tasks"])
-        methods = [] if run.recipe["joint"] else run.recipe["methods"]
-        one = estimate(
-            ModelConfig(**run.recipe["model"]),
-            peft=run.recipe["peft"],
-            training=_launched(_with_absolute_engine(run.recipe["training"], run.base_dir), accelerate_config),
-            methods=methods,
-            data=DataConfig(**run.recipe["data"]),
-            gpus=gpus,
-            tasks=tasks,
-        )
-        found.append((run.variant or "+".join(m["name"] for m in methods) or "naive", one))
-    print(_table(found, available, gpus, gpu_memory))  # noqa: T201 - the command's answer
-    return 0
-
-
-def _number_of_tasks(tasks: Any) -> int:
-    if isinstance(tasks, list):
-        return len(tasks)
-    return len(tasks.get("order") or describe_stream(tasks["stream"])["tasks"])
-
-
-def _with_absolute_engine(training: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
-    engine = training.get("deepspeed")
-    if isinstance(engine, str) and not Path(engine).is_file() and (base_dir / engine).is_file():
-        return {**training, "deepspeed": str(base_dir / engine)}
-    return dict(training)
-
-
-def _launched(training: dict[str, Any], accelerate_config: str | None) -> dict[str, Any]:
-    """The training arguments, with what a configuration of `accelerate launch` adds about sharding."""
-    if accelerate_config is None:
-        return training
-    from .launch import find_config
-    from .recipes import parse_yaml, read_text
-
-    path = find_config(accelerate_config)
-    config = parse_yaml(read_text(path, "accelerate configuration"), str(path))
-    if not isinstance(config, Mapping):
-        raise InputError(f"--accelerate_config {accelerate_config}: it holds no mapping; give a preset or a YAML file")
-    kind = config.get("distributed_type")
-    if kind == "FSDP":
-        return {**training, "fsdp": True}
-    if kind != "DEEPSPEED":
-        return training
-    engine = config.get("deepspeed_config") or {}
-    if engine.get("deepspeed_config_file"):
-        return {**training, "deepspeed": engine["deepspeed_config_file"]}
-    zero: dict[str, Any] = {"stage": engine.get("zero_stage", 2)}
-    for what in ("optimizer", "param"):
-        zero[f"offload_{what}"] = {"device": engine.get(f"offload_{what}_device", "none")}
-    return {**training, "deepspeed": {"zero_optimization": zero}}
-
-
-def _table(found: Sequence[tuple[str, MemoryEstimate]], available: int, gpus: int, gpu_memory: str) -> str:
-    most = max(one.total for _, one in found)
-    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
-    rows = []
-    for name, one in found:
-        parts = [f"{getattr(one, part) / size:.2f}" for part in PARTS]
-        fits = "yes" if one.fits(available) else "no"
-        rows.append([name, one.backend, *parts, f"{one.total / size:.2f}", fits, one.moment])
-    header = ["run", "backend", *[part.replace("_", " ") for part in PARTS], "total", f"fits {gpu_memory}", "most at"]
-    lines = [f"{unit} on each of {gpus} GPU(s), rows of the greatest length, last task"]
-    lines.append(
-        tabulate(rows, header, disable_numparse=True, colalign=["left", "left", *["right"] * 8, "left", "left"])
-    )
-    counts = ", ".join(sorted({f"{one.trainable:,} of {one.parameters:,}" for _, one in found}))
-    lines.append(f"parameters that learn: {counts}")
-    lines += sorted({f"note: {note}" for _, one in found for note in one.notes})
-    lines.append(
-        f"reserve: {RESERVE / GIB:.0f} GiB for CUDA and its libraries; evaluation and fragmentation not counted"
-    )
-    return "\n".join(lines)

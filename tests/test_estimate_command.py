@@ -1,9 +1,13 @@
 """`hf-continual estimate` on a model without weights."""
 
+import json
+
 import pytest
 from toy_runs import save_model, write_recipe
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from hf_continual.cli import main
+from hf_continual.testing import toy_tokenizer
 
 
 def test_parts_of_a_toy_recipe_and_whether_it_fits(tmp_path, capsys):
@@ -29,3 +33,22 @@ def test_the_preset_it_would_be_launched_with(tmp_path, capsys):
     assert "zero3" in capsys.readouterr().out
     assert main([*command, "zero33"]) == 2
     assert "--accelerate_config zero33" in capsys.readouterr().err
+
+
+def test_tasks_of_text_are_rows_of_a_block_and_mlm_has_its_own_head(tmp_path, capsys):
+    config = RobertaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=130, pad_token_id=0)  # fmt: skip
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    toy_tokenizer().save_pretrained(tmp_path / "roberta")
+    shown = {}
+    for size in (16, 128):
+        recipe = {"model": {"name": str(tmp_path / "roberta")}, "data": {"block_size": size},
+                  "training": {"per_device_train_batch_size": 256},
+                  "tasks": [{"name": name, "path": f"{name}.txt", "kind": "mlm"} for name in "ab"]}  # fmt: skip
+        (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+        assert main(["estimate", str(tmp_path / "mine.yaml"), "--gpus", "1", "--gpu_memory", "1GB"]) == 0
+        shown[size] = capsys.readouterr().out
+    parameters = sum(p.numel() for p in RobertaForMaskedLM(config).parameters())
+    assert all(f"parameters that learn: {parameters:,} of {parameters:,}" in text for text in shown.values())
+    activations = {size: float(text.splitlines()[3].split()[5]) for size, text in shown.items()}
+    assert 5 * activations[16] < activations[128] < 20 * activations[16]

@@ -13,7 +13,8 @@ import yaml
 from transformers import LlamaConfig
 
 from hf_continual.errors import InputError
-from hf_continual.memory_estimate import PARTS, estimate, estimate_command, parse_size, plan_of
+from hf_continual.estimate_command import estimate_command
+from hf_continual.memory_estimate import PARTS, estimate, parse_size, plan_of
 from hf_continual.models import ModelConfig
 from hf_continual.testing import tiny_model
 
