@@ -97,12 +97,10 @@ def test_independent_goes_on_after_a_kill(alone, tmp_path, monkeypatch, point):
     assert_same(tmp_path / "run", alone[0])
 
 
-def test_independent_in_processes_of_its_own(alone, tmp_path):
-    made = toy_queue_options(learning_rate=5e-2)
-    made["evaluation"] |= {"max_new_tokens": 2}
-    made["model"] = tiny_model()  # a function of this file could not be sent to a process
-    queue = TaskQueue(tmp_path / "run", tasks=toy_stream(3, rows=8, eval_rows=4), independent=True, **made)
-    queue.run(isolate_tasks=True)
+def test_independent_one_task_a_start(alone, tmp_path):
+    """As `isolate_tasks` does in processes of their own."""
+    for _ in range(3):
+        independent(tmp_path / "run").run(one_task=True)
     assert_same(tmp_path / "run", alone[0])
 
 
@@ -395,16 +393,15 @@ def test_bounds_in_two_processes(tmp_path, model):
     for name, batch, words in (("one", 4, []), ("two", 2, ["--accelerate_config", "ddp", "--num_processes", "2"])):
         tasks = [{"name": task, "path": f"data/{task}.jsonl", "eval_fraction": 0.5} for task in "ab"]  # whole steps
         path = write_recipe(tmp_path / name, model, methods=[], tasks=tasks)
-        words += ["--training.per_device_train_batch_size", str(batch), "--only", "independent,joint,None"]
+        words += ["--training.per_device_train_batch_size", str(batch), "--only", "independent"]
         assert main(["run", str(path), "--with_bounds", *words]) == 0
         folders[name] = tmp_path / name / "run"
-    for bound in ("independent", "joint"):
-        assert queue_of(folders["two"] / bound)["world_size"] == 2
-        one, two = (snapshot(folders[name] / bound) for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            if name.endswith("adapter_model.safetensors"):
-                assert all(torch.allclose(value[key], two[name][key], atol=1e-4) for key in value)
+    assert queue_of(folders["two"] / "independent")["world_size"] == 2
+    one, two = (snapshot(folders[name] / "independent") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name.endswith("adapter_model.safetensors"):
+            assert all(torch.allclose(value[key], two[name][key], atol=1e-4) for key in value)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -17,6 +18,10 @@ from hf_continual.run_scores import load_run
 from hf_continual.run_state import RunDirectory
 from hf_continual.testing import toy_queue_options, toy_stream
 from hf_continual.trainer import ContinualMixin
+
+LEVEL = os.environ.get(
+    "HF_CONTINUAL_DISTRIBUTED", ""
+)  # of `make test-distributed`: each start of a launcher takes long
 
 
 class Killed(BaseException):
@@ -646,15 +651,12 @@ def test_in_processes_of_their_own(stopped, tmp_path, capsys):
     assert main(["run", str(path), "--max_forgetting", "0.05", "--isolate_tasks"]) == 3
     assert "stopped: after task 'b'" in capsys.readouterr().err
     assert_same(path.parent / "run", stopped.parent / "run")
-    words = ["--max_forgetting", "0.05", "--on_violation", "rollback", "--isolate_tasks"]
-    assert main(["run", str(path), *words]) == 3
-    assert "left out 'b'" in capsys.readouterr().err
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [False, True] if LEVEL else [False])
 def test_two_processes_end_with_3_once(tmp_path, model, capfd, isolate):
     path = forgetful(tmp_path, model, training={**LEARNING, "per_device_train_batch_size": 2})
     words = ["--accelerate_config", "ddp", "--num_processes", "2", *(["--isolate_tasks"] if isolate else [])]
@@ -666,8 +668,9 @@ def test_two_processes_end_with_3_once(tmp_path, model, capfd, isolate):
     if not isolate:  # each start takes long
         assert main(["run", str(path), *words, *rehearse]) in (0, 3)
         assert queue_file(run)["rehearsals"]["b"] == 1 and queue_file(run)["world_size"] == 2
-    assert main(["run", str(path), *words, "--max_forgetting", "0", "--on_violation", "rollback"]) in (0, 3)
-    assert load_run(run).finished
+    if LEVEL:
+        assert main(["run", str(path), *words, "--max_forgetting", "0", "--on_violation", "rollback"]) in (0, 3)
+        assert load_run(run).finished
 
 
 @pytest.mark.parametrize(
