@@ -169,7 +169,7 @@ def compare_runs(
         raise InputError(f"compare needs two finished runs; {_names(paths)} {'has' if len(paths) == 1 else 'have'} "
                          f"{len(finished)}")  # fmt: skip
     for run in finished[1:]:
-        _refuse_difference(finished[0], run, scorer)
+        _refuse_difference(finished[0], run)
 
     grouped = groups(finished)
     for label, members in grouped.items():
@@ -217,7 +217,7 @@ def _names(paths: Sequence[str | Path]) -> str:
     return ", ".join(str(path) for path in paths)
 
 
-def _refuse_difference(a: RunScores, b: RunScores, scorer: str | None = None) -> None:
+def _refuse_difference(a: RunScores, b: RunScores) -> None:
     """A sentence if two runs are not of the same stream."""
     if not other_stream(a, b):
         _refuse_other_rows(a, b)
@@ -228,8 +228,6 @@ def _refuse_difference(a: RunScores, b: RunScores, scorer: str | None = None) ->
     except InputError as error:
         what = str(error).removeprefix(f"{between}: ")
     else:
-        if scorer is not None:  # given for both, and all their rows are the same
-            return
         what = "their rows agree, and labels, scorers, lengths or training that the definition sets do not"
     raise InputError(
         f"{between}: their streams are {cited(a)} and {cited(b)} ({what}); compare runs of one stream, or run one of "

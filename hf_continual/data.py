@@ -110,13 +110,15 @@ def load_task(spec: Mapping[str, Any], *, base_dir: str | Path | None = None, se
     if not len(train.rows):
         raise InputError(f"task '{name}': the train split {train.source} is empty; give a file with rows")
     if evaluation is None:
-        train, evaluation = _hold_out(train, spec.get("eval_fraction", 0.1), seed, name)
+        together = _together(train, own, spec.get("columns") or {}, 1)
+        train, evaluation = _hold_out(train, spec.get("eval_fraction", 0.1), seed, name, together)
     elif not len(evaluation.rows):
         raise InputError(
             f"task '{name}': the evaluation split {evaluation.source} is empty; remove it to hold out part of train"
         )
     train = _subset(train, spec.get("train_rows"), seed)
-    evaluation = _subset(evaluation, spec.get("eval_rows"), seed)
+    together = _together(evaluation, own, spec.get("columns") or {})
+    evaluation = _subset(evaluation, spec.get("eval_rows"), seed, together)
 
     given = dict(spec.get("columns") or {})
     kind = spec.get("kind", "completion")
@@ -358,22 +360,52 @@ def _order(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(count).tolist()
 
 
-def _subset(table: Table, rows: int | None, seed: int) -> Table:
+def _together(table: Table, scorer: Scorer | None, columns: Mapping[str, str], count: int | None = None) -> list[Any]:
+    """What each row in use is scored together with, such as its dialogue and turn; empty if rows stand alone.
+
+    Args:
+        count: of the scorer's `together` only so many columns, such as the dialogue alone.
+    """
+    names = [columns.get(name, name) for name in (scorer.together if scorer is not None else ())[:count]]
+    if not names or not set(names) <= set(table.columns):  # a column that is missing is refused with the rows
+        return []
+    return [tuple(row.get(name) for name in names) for _, row in _iterate(table, {name: name for name in names})]
+
+
+def _draw(together: Sequence[Any], rows: int, seed: int) -> list[int]:
+    """Positions of at most so many rows in random whole groups, at least one group."""
+    groups: dict[Any, list[int]] = {}
+    for position, key in enumerate(together):
+        groups.setdefault(key, []).append(position)
+    members = list(groups.values())
+    drawn: list[int] = []
+    for number in _order(len(members), seed):
+        if not drawn or len(drawn) + len(members[number]) <= rows:
+            drawn += members[number]
+    return drawn
+
+
+def _subset(table: Table, rows: int | None, seed: int, together: Sequence[Any] = ()) -> Table:
     if rows is None or rows >= len(table.indices):
         return table
-    indices = [table.indices[i] for i in _order(len(table.indices), seed)[:rows]]
-    return Table(table.rows, table.source, indices, table.format, table.definition)
+    drawn = _draw(together, rows, seed) if together else _order(len(table.indices), seed)[:rows]
+    return Table(table.rows, table.source, [table.indices[i] for i in drawn], table.format, table.definition)
 
 
-def _hold_out(table: Table, fraction: float, seed: int, name: str) -> tuple[Table, Table]:
+def _hold_out(table: Table, fraction: float, seed: int, name: str, together: Sequence[Any] = ()) -> tuple[Table, Table]:
     count = len(table.indices)
     if count < 2:
         raise InputError(
             f"task '{name}': {table.source} has one row and there is no evaluation split; add rows or set 'data_files'"
         )
     held = min(count - 1, max(1, round(count * fraction)))
-    order = _order(count, seed)
-    parts = sorted(order[held:]), sorted(order[:held])
+    chosen = set(_draw(together, held, seed) if together else _order(count, seed)[:held])
+    if len(chosen) == count:
+        raise InputError(
+            f"task '{name}': all rows of {table.source} are scored together and there is no evaluation split; add rows "
+            "or set 'data_files'"
+        )
+    parts = [i for i in range(count) if i not in chosen], sorted(chosen)
     train, evaluation = (
         Table(table.rows, table.source, [table.indices[i] for i in part], table.format, table.definition)
         for part in parts
@@ -498,6 +530,7 @@ def _canonical(
     chosen = _pick_columns(table, columns)
     if template is not None and "messages" in chosen:
         raise InputError(f"template: {table.source} holds messages; name the answers, as columns: {{completion: ...}}")
+    _check_kinds(table, [chosen[role] for role in ("completion", "references") if role in chosen])
     names: list[str] | None = None
     if isinstance(table.rows, Dataset) and "completion" in chosen:
         feature = table.rows.features[chosen["completion"]]
@@ -539,6 +572,22 @@ def _canonical(
         for name, column in further.items():
             result[name].append(row.get(column))
     return Dataset.from_dict(result), names
+
+
+def _check_kinds(table: Table, columns: Sequence[str]) -> None:
+    """Refuse a file in which answers are strings in some rows and lists in others; a Dataset has one type a column."""
+    if isinstance(table.rows, Dataset):
+        return
+    for column in columns:
+        first: str | None = None
+        for index, row in enumerate(table.rows):
+            value = row.get(column)
+            kind = "a list" if isinstance(value, list) else "a string"
+            if value is not None and (first := first or kind) != kind:
+                raise InputError(
+                    f"column '{column}' in row {index} of {table.source} is {kind}, and {first} in the rows before; "
+                    "write the references of a task alike in all rows"
+                )
 
 
 def _iterate(table: Table, chosen: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -318,9 +318,13 @@ def test_trace_reads_the_folders_of_the_tasks_too(tmp_path: Path, data: Callable
     published = load_stream("trace-order1", data_dir=data("trace-order1"))
     inside = load_stream("trace-order1", data_dir=data("trace-order1") / "LLM-CL-Benchmark_5000")
     assert stream_hash(inside) == stream_hash(published)
-    # A folder of tasks does not tell whether they are reasoned, so the variant wants the archive's name.
+    # A folder of tasks does not tell whether they are reasoned, so the variant wants the archive's name: SEEKR's script
+    # gives that folder itself.
+    reasoned = data("trace-order1:reasoning")
+    own = load_stream("trace-order1:reasoning", data_dir=reasoned / "LLM-CL-Benchmark_Reasoning")
+    assert stream_hash(own) == stream_hash(load_stream("trace-order1:reasoning", data_dir=reasoned))
     with pytest.raises(InputError, match="lacks the tasks C-STANCE, .*LLM-CL-Benchmark_Reasoning/<task>"):
-        load_stream("trace-order1:reasoning", data_dir=data("trace-order1:reasoning") / "LLM-CL-Benchmark_Reasoning")
+        load_stream("trace-order1:reasoning", data_dir=data("trace-order1") / "LLM-CL-Benchmark_5000")
 
 
 def test_trace_reasoning_is_another_stream(data: Callable[[str], Path]) -> None:
@@ -369,6 +373,25 @@ def test_sgd_prompts(data: Callable[[str], Path]) -> None:
         "### Input:\n[USER]: 0 at 0 \n [slot] services_4-city, it indicates city. \n\n\n### Response:\n"
     )
     assert one.train_dataset["completion"][:] == two.train_dataset["completion"][:]
+
+
+def test_sgd_turns_are_neither_cut_nor_spread_over_both_splits(tmp_path: Path) -> None:
+    """20 dialogues of two turns of five slots, in one file."""
+    slots = [(d, t, s) for d in range(20) for t in range(2) for s in range(5)]
+    write_json(tmp_path / "train" / "sgd_music_1.json", [{"input": f"{d} {t} {s}", "output": "x"} for d, t, s in slots])
+    (tmp_path / "train" / "sgd_music_1.idx").write_text(
+        "".join(f"sgd_music_1.json|||1_{d:05}|||{t}|||0|||music_1|||slot{s}\n" for d, t, s in slots)
+    )
+    options = {"order": ["music_1"], "data_dir": tmp_path}
+    (task,) = load_stream("sgd-order1", **options)
+    assert len(task.train_dataset) == 180 and len(task.eval_dataset) == 20
+    learnt = {prompt.split()[0] for prompt in task.train_dataset["prompt"]}
+    assert learnt.isdisjoint(prompt.split()[0] for prompt in task.eval_dataset["prompt"])
+    (task,) = load_stream("sgd-order1", eval_rows=13, **options)
+    turns = [(row["dialogue"], row["turn"]) for row in task.eval_dataset]
+    assert len(turns) == 10 and {turns.count(turn) for turn in turns} == {5}
+    (task,) = load_stream("sgd-order1", eval_rows=3, **options)  # at least one turn
+    assert len(task.eval_dataset) == 5
 
 
 @pytest.mark.skipif(not (DATA / "sgd").is_dir(), reason="the benchmark data is not here (HF_CONTINUAL_DATA)")

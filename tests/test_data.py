@@ -346,6 +346,17 @@ def test_errors_in_a_file(tmp_path: Path, content: object, message: str) -> None
     assert "x.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"), [("output", [["a"], "b"]), ("output", ["a", ["b"]]), ("references", [["a"], None, "b"])]
+)
+def test_references_of_mixed_type(tmp_path: Path, column: str, values: list[object]) -> None:
+    content = [{"input": f"q{i}", "output": "a", **({} if v is None else {column: v})} for i, v in enumerate(values)]
+    path = write(tmp_path / "mine.json", content)
+    row = len(values) - 1
+    with pytest.raises(InputError, match=rf"column '{column}' in row {row} of .*mine.json' is a .* alike in all rows"):
+        load_task({"path": str(path)})
+
+
 def test_error_names_the_line_of_a_jsonl_file(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"input": "a", "output": "b"}\n{"input": \n')

@@ -307,6 +307,7 @@ def test_labels_that_scorers_cannot_tell_apart(tmp_path):
 
 def test_end_tasks_that_do_not_fit_the_model_or_the_run(tmp_path, monkeypatch):
     settings = toy_queue_options("llama", lora=False)
+    settings["data"] = {**settings["data"], "block_size": 16}
     written = EndTask("end", *[toy_stream(1)[0].train_dataset] * 2, kind="completion", scorer="exact_match")
     masked = settings | {"model": masked_model, "processing_class": masked_tokenizer()}
     with pytest.raises(InputError, match="'completion' needs a model that writes text, and this is a RobertaForMasked"):

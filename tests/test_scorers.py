@@ -75,6 +75,7 @@ def test_olora_migu_and_sapt_are_one_formula_and_any_reference_counts():
         ("Because it is.\nAnswer: C ", "C"),
         ("\u56e0\u4e3a\n\u7b54\u6848\uff1aB", "B"),  # the Chinese "answer" with a full-width colon
         ("x\nReasoning: y\nAnswer: z", "x"),
+        ("so\nAnswer: 5\nAnswer: 6", "5"),
         ("  42 ", "42"),
     ],
 )

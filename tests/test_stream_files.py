@@ -211,10 +211,10 @@ def test_superni_in_both_layouts(tmp_path: Path) -> None:
     hashes = []
     for layout in ("CL_Benchmark/SuperNI", ""):
         root = tmp_path / (layout.split("/")[0] or "plain")
-        for name in describe_stream("superni15-order1")["tasks"]:
+        for number, name in enumerate(describe_stream("superni15-order1")["tasks"]):
             labels = find_stream("superni15-order1").tasks[name].get("labels", ["some text"])
             for split, count in (("train", 4), ("test", 2)):
-                rows = [{"id": f"{i}", "input": f"in {i}", "output": labels[0] if i % 2 else [labels[0]]}
+                rows = [{"id": f"{i}", "input": f"in {i}", "output": labels[0] if number % 2 else [labels[0]]}
                         for i in range(count)]  # fmt: skip
                 content = {"Definition": [f"Do {name}."], "Positive Examples": [], "Instances": rows}
                 write_rows(root / layout / name / f"{split}.json", content)
@@ -245,7 +245,7 @@ def test_one_file_a_task_as_natural_instructions_has_them(tmp_path: Path) -> Non
         "task195",
         "task875",
     }
-    assert set(scorers.values()) == {"exact_match_seekr", "rouge_l_trace"}
+    assert set(scorers.values()) == {"exact_match_seekr", "rouge_l_seekr"}
 
 
 def test_tasl_prompts_from_either_layout(tmp_path: Path) -> None:
@@ -469,7 +469,10 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
                                          r"it should hold <task>/\{train,test\}.json, published as https"):  # fmt: skip
         load_stream(path, data_dir=tmp_path / "data")
     (tmp_path / "data" / "sums" / "train.json").unlink()
-    with pytest.raises(InputError, match=r"lacks the tasks sums of the stream 'mine'; it should hold <task>/"):
+    with pytest.raises(
+        InputError,
+        match=r"lacks the tasks sums of the stream 'mine' \(there is no sums/train.json\); it should hold <task>/",
+    ):
         load_stream(path, data_dir=tmp_path / "data")
     # With a template of splits, one that is demanded must be there.
     write_mine(tmp_path)
@@ -669,7 +672,7 @@ def test_runs_record_their_stream_and_are_not_mixed(
     error = capsys.readouterr().err
     for word in (f"mine@{first[:12]}", f"mine@{second[:12]}", "their rows agree", "with the `tasks:` of the other"):
         assert word in error, word
-    assert main(["compare", "runs/a", "runs/b", "--scorer", "exact_match"]) == 0
+    assert main(["compare", "runs/a", "runs/b", "--scorer", "exact_match"]) == 2  # their training differs
     with pytest.raises(InputError, match=f"mine@{first[:12]} and of the other mine@{second[:12]}"):
         write_report(tmp_path / "runs")
     # Fewer rows: the difference is named.

@@ -130,6 +130,7 @@ SCORERS: dict[str, Scorer] = {
             joint_goal_accuracy,
             "TaSL, eval_avgJGA.py, on Schema-Guided Dialogue",
             columns=("dialogue", "turn"),
+            together=("dialogue", "turn"),
         ),
         Scorer("macro_f1", macro_f1, "scikit-learn, f1_score(average='macro'); DAS", same=normalize_answer),
         Scorer("micro_f1", micro_f1, "scikit-learn, f1_score(average='micro'); DAS", same=normalize_answer),

@@ -46,6 +46,8 @@ class Scorer:
             (log-likelihoods of given text).
         uses_references: whether rows need `references`.
         samples: so many answers to a row are needed.
+        together: columns of which rows with the same values are scored as one, the widest first; such rows are not
+            separated when rows are drawn or held out.
         bounded: the score lies in [0, 1].
         higher_is_better: false for perplexity.
         ready: raises InputError if a package or a permission is missing.
@@ -61,6 +63,7 @@ class Scorer:
     answers: str = "text"
     uses_references: bool = True
     samples: int = 1
+    together: tuple[str, ...] = ()
     bounded: bool = True
     higher_is_better: bool = True
     ready: Callable[[], None] = nothing_needed

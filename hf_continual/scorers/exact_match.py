@@ -44,7 +44,7 @@ def extract_answer(text: str) -> str:
         return text.split("\nReasoning:")[0].strip()
     for cue in ("\nAnswer:", "\n\u56de\u7b54:", "\n\u7b54\u6848:"):
         if cue in text:
-            return text.split(cue, 1)[1].strip()
+            return text.split(cue)[1].strip()  # up to a second cue, as re_eval.py
     return text.strip()
 
 

@@ -20,6 +20,8 @@ from .quickstart import quickstart_tasks
 
 SHORT = 12
 """So many digits of a hash are shown; a reference may give more."""
+BENCHMARK_FOLDERS = ("CL_Benchmark", "data_Long_Sequence_Benchmark", "data_SuperNI_Benchmark")
+"""Of the repositories of O-LoRA and SAPT, and of TaSL: data_dir may be the clone."""
 _BATCH = 1000
 # Of a definition, what tells apart streams that resolve to the same rows. Prompts and splits are in the rows.
 _HASHED_SECTIONS = ("lengths", "evaluation", "training")
@@ -171,11 +173,22 @@ def _places(stream: Stream, names: Sequence[str], data_dir: Any, base_dir: Any) 
     missing = [_title(key) for key, place in found.items() if place is None]
     if missing:
         hint = stream.where_published
+        layouts = next(wanted[key].get("layouts", []) for key, place in found.items() if place is None)
+        first = next((_first_file(layout) for layout in layouts), "a layout in the stream file")
         raise InputError(
-            f"data_dir: '{roots[0]}' lacks the tasks {', '.join(missing)} of the stream '{stream.name}'"
-            f"{'; ' + hint if hint else ''}"
+            f"data_dir: '{roots[0]}' lacks the tasks {', '.join(missing)} of the stream '{stream.name}' (there is no "
+            f"{first}){'; ' + hint if hint else ''}"
         )
     return {key: place for key, place in found.items() if place is not None}
+
+
+def _first_file(layout: Mapping[str, Any]) -> str:
+    """The file or folder of a layout that is looked for first."""
+    split = layout.get("train_split", "train")
+    if "path" in layout:
+        return str(layout["path"]).replace("{split}", split)
+    files = layout["data_files"].get(split, next(iter(layout["data_files"].values())))
+    return str(files[0] if isinstance(files, list) else files)
 
 
 def _title(key: tuple[str, str]) -> str:
@@ -183,13 +196,13 @@ def _title(key: tuple[str, str]) -> str:
 
 
 def _roots(stream: Stream, data_dir: str | Path, base_dir: str | Path | None) -> list[Path]:
-    """data_dir, or first the benchmark folder in it."""
+    """First the benchmark folders in data_dir, then data_dir."""
     folders = [Path(base_dir), Path.cwd()] if base_dir is not None else [Path.cwd()]
     for folder in folders:
         root = folder / Path(data_dir).expanduser()
         if root.is_dir():
-            inside = _below(root, "CL_Benchmark")
-            return [root] if inside is None or not inside.is_dir() else [inside, root]
+            inside = (_below(root, name) for name in BENCHMARK_FOLDERS)
+            return [*(folder for folder in inside if folder is not None and folder.is_dir()), root]
     hint = stream.where_published
     raise InputError(f"data_dir: the folder '{data_dir}' does not exist{'; ' + hint if hint else ''}")
 
@@ -211,12 +224,14 @@ def _below(root: Path, path: str) -> Path | None:
 
 
 def _file(roots: Sequence[Path], path: str) -> Path | None:
-    """The file at this path, which may lack its suffix."""
+    """The file at this path, which may lack its suffix, or whose first folder is the root."""
+    first, _, rest = path.partition("/")
     for root in roots:
-        for suffix in ("", ".jsonl", *(s for s in SUFFIXES if s != ".jsonl")):
-            found = _below(root, path + suffix)
-            if found is not None and found.is_file():
-                return found
+        for name in (path, rest) if rest and root.name == first else (path,):
+            for suffix in ("", ".jsonl", *(s for s in SUFFIXES if s != ".jsonl")):
+                found = _below(root, name + suffix)
+                if found is not None and found.is_file():
+                    return found
     return None
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 PRELOAD = [
@@ -32,7 +33,7 @@ def _child(rank, world_size, port, folder, function, args):
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)
         # gloo does the work on a CPU; compiling DeepSpeed's shared-memory operator would take most of a minute.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         hf_continual.distributed._GIVEN_BY_LAUNCHER = None
         function(rank, *args)
         if torch.distributed.is_initialized():
