@@ -43,7 +43,7 @@ test: $(DEV)  ## Install, then run every test, notebooks included
 
 test-distributed: $(DEV)  ## Every method on every backend, on CPU or on the GPUs there are; writes the table in METHODS.md
 	@echo "Running the tests of many processes"
-	@HF_CONTINUAL_DISTRIBUTED=full HF_CONTINUAL_WRITE_MATRIX=METHODS.md $(BIN)/python -m pytest -q tests/distributed
+	@HF_CONTINUAL_DISTRIBUTED=full HF_CONTINUAL_WRITE_MATRIX=METHODS.md $(BIN)/python -m pytest -q tests/distributed tests/test_bounds.py tests/test_gate.py
 
 style: $(DEV)  ## Fix and format the code
 	@echo "Formatting the code"

@@ -437,6 +437,14 @@ def _read_labels(path: Path) -> list[str]:
     return labels
 
 
+def cl_prompt(group: str, dataset: str, options: str, sentence: str) -> str:
+    """O-LoRA's prompt."""
+    head = f"Task:{group}\nDataset:{dataset}\n"
+    if CL_INSTRUCTIONS[group] is not None:
+        head += f"{CL_INSTRUCTIONS[group]} Choose one from the option.\nOption: {options} \n"
+    return f"{head}{sentence}\nAnswer:"
+
+
 def _cl_table(path: Path, labels: Sequence[str]) -> Table:
     """A split in O-LoRA's layout as rows of `input` and `output`."""
     folder = Path(os.path.abspath(path)).parent
@@ -446,9 +454,6 @@ def _cl_table(path: Path, labels: Sequence[str]) -> Table:
             f"path: '{folder}' lies in '{folder.parent.name}', which is no task group of the CL benchmark"
             f"{did_you_mean(folder.parent.name, CL_INSTRUCTIONS)}"
         )
-    head = f"Task:{group}\nDataset:{folder.name}\n"
-    if CL_INSTRUCTIONS[group] is not None:
-        head += f"{CL_INSTRUCTIONS[group]} Choose one from the option.\nOption: {', '.join(labels)} \n"
     rows = read_json(path) if suffix_of(path) != ".csv" else _read_csv(path)
     if isinstance(rows, Mapping):
         raise InputError(f"path: '{path}' is a Natural-Instructions object; use format: natural_instructions")
@@ -461,6 +466,8 @@ def _cl_table(path: Path, labels: Sequence[str]) -> Table:
                 raise InputError(
                     f"path: '{column}' in row {index} of '{path}' is {row[column]!r}, not a string; put it in quotes"
                 )
-        table.rows.append({"input": f"{head}{row['sentence']}\nAnswer:", "output": row["label"]})
+        table.rows.append(
+            {"input": cl_prompt(group, folder.name, ", ".join(labels), row["sentence"]), "output": row["label"]}
+        )
     table.indices = list(range(len(table.rows)))
     return table

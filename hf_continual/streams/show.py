@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..data import answers_outside_labels
+from ..data_sources import cl_prompt
 from ..tasks import DEFAULT_SCORERS
 from .definition import Stream, check_sections, find_stream, stream_names
 from .loading import load, named_hash, stream_hash
@@ -90,6 +91,10 @@ def _templates(stream: Stream) -> list[str]:
     templates: dict[str, list[str]] = {}
     for name, task in stream.tasks.items():
         own = [layout["template"] for layout in task.get("layouts", ()) if "template" in layout]
+        for layout in task.get("layouts", ()):
+            if layout.get("format") == "cl_benchmark":  # the group is the folder above the data set's
+                group = layout["path"].split("/")[-2]
+                own.append(cl_prompt(group, "{dataset}", "{labels}", "{sentence}"))
         for template in dict.fromkeys([*own, *([task["template"]] if "template" in task else [])]):
             templates.setdefault(template, []).append(name)
     lines = []
