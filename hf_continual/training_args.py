@@ -118,6 +118,18 @@ class ContinualSeq2SeqTrainingArguments(ContinualArgumentsMixin, Seq2SeqTraining
     """[`~transformers.Seq2SeqTrainingArguments`] plus [`ContinualArgumentsMixin`]."""
 
 
+LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "max_grad_norm": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+}
+"""Arguments whose values below this the Trainer takes, and fails on later or trains nothing."""
+
+
 def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArguments:
     """Training arguments for one task; unknown names are refused with the nearest one."""
     cls = ContinualSeq2SeqTrainingArguments if seq2seq else ContinualTrainingArguments
@@ -136,11 +148,17 @@ def make_training_args(options: Mapping[str, Any], seq2seq: bool) -> TrainingArg
             raise InputError(
                 f"training.{field_.name}={options[field_.name]!r} must be of type {_type_name(field_.type)}"
             )
+    for option, least in LEAST.items():
+        value = options.get(option)
+        if value is not None and not value >= least:
+            raise InputError(
+                f"training.{option}={value!r} must be at least {least}; leave it out for the Trainer's own"
+            )
     try:
         return cls(**{**defaults, **options})
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"training: {error}") from error
 
 
