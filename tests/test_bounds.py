@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 
 import numpy as np
 import pytest
@@ -385,6 +386,9 @@ def test_flags_are_for_recipes(recipe, capsys, flag):
     assert f"{flag} adds runs to those of a recipe" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(
+    not os.environ.get("HF_CONTINUAL_DISTRIBUTED"), reason="half a minute of starting processes; make test-distributed"
+)
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_bounds_in_two_processes(tmp_path, model):
