@@ -323,8 +323,10 @@ def _killed(folder, kind, point, options):
     make_queue(folder, kind, **options).run()
 
 
-@pytest.mark.parametrize("point", ["in a step", "in a commit", "in the evaluation", "in the end of a task"])
-@pytest.mark.parametrize("kind", ["clm", "mlm"])
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [("clm", "in the evaluation"), ("clm", "in the end of a task"), ("mlm", "in a step"), ("mlm", "in a commit")],
+)
 def test_a_killed_run_goes_on_bit_for_bit(kind, point, tmp_path):
     options = {"methods": METHODS["ewc"], "num_train_epochs": 3}
     before = torch.get_num_threads()

@@ -8,6 +8,9 @@ from hf_continual.testing import MODELS, _Contract, check_method
 
 LEVEL = os.environ.get("HF_CONTINUAL_DISTRIBUTED", "")  # `make test-distributed` sets it
 
+ONE_KIND = MODELS if LEVEL else ("llama",)
+"""For methods that see only weights, or are another's with other defaults."""
+
 
 class MethodContract:
     """Subclass it, set `method` to what `make_method` takes, and the contract is tested on every model.

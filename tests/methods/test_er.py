@@ -1,5 +1,5 @@
 import pytest
-from contract import MethodContract
+from contract import ONE_KIND, MethodContract
 
 from hf_continual.errors import InputError
 from hf_continual.methods.er import ER
@@ -9,6 +9,7 @@ from hf_continual.testing import equal, tiny_model, toy_rows, train_task, weight
 
 class TestER(MethodContract):
     method = {"name": "er", "total": 6, "policy": "reservoir"}
+    kinds = ONE_KIND
 
 
 def test_it_is_replay_that_mixes(tmp_path):

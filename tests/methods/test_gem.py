@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from contract import MethodContract
+from contract import ONE_KIND, MethodContract
 from test_agem import Watch, answers_of_another_kind, gradient_naively
 from test_ewc import KeepWeights, logged
 
@@ -13,6 +13,7 @@ from hf_continual.testing import tiny_model, toy_rows, train_task
 
 class TestGEM(MethodContract):
     method = {"name": "gem", "count": 4}
+    kinds = ONE_KIND
 
 
 # -- the equation ------------------------------------------------------------------------------------------------------

@@ -408,6 +408,7 @@ def test_stored_rows_are_drawn_in_turn_and_in_a_new_order_each_time(tmp_path):
     method = SEEKR(count=5, loss_mix="summed")
     trainer = train_task(tiny_model(), toy_rows(), [method], tmp_path)
     ctx = dataclasses.replace(trainer.ctx, task=dataclasses.replace(trainer.ctx.task, index=1))
+    method._drawn_from = method.buffer_.rows  # as at the beginning of a task
     drawn = [row["replay_row"] for _ in range(10) for row in method._draw(ctx, 2)]
     passes = [drawn[start : start + 5] for start in range(0, 20, 5)]
     assert all(sorted(one) == list(range(5)) for one in passes) and len({tuple(one) for one in passes}) > 1

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from contract import MethodContract
+from contract import ONE_KIND, MethodContract
 from naive_skills import Movement, OutOfMemory
 
 from hf_continual.errors import InputError
@@ -11,6 +11,7 @@ from hf_continual.testing import equal, tiny_model, toy_rows, train_task
 
 class TestWeightEma(MethodContract):
     method = "weight_ema"
+    kinds = ONE_KIND
 
 
 def two_tasks(decay, folder, kind="llama", lora=True):

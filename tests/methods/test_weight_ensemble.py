@@ -1,6 +1,6 @@
 import pytest
 import torch
-from contract import MethodContract
+from contract import ONE_KIND, MethodContract
 from naive_skills import Movement
 
 from hf_continual.errors import InputError
@@ -11,6 +11,7 @@ from hf_continual.testing import equal, tiny_model, toy_rows, train_task
 
 class TestWeightEnsemble(MethodContract):
     method = "weight_ensemble"
+    kinds = ONE_KIND
 
 
 def two_tasks(coefficient, folder, kind="llama", lora=True):
