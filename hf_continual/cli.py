@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})  # of subparsers, too: --with_bound would train for hours
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}; see {self.prog} --help")
 

@@ -497,9 +497,10 @@ class Chooser:
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **self._few_logits
         )
-        if not isinstance(output.past_key_values, DynamicCache):
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, DynamicCache):
             raise InputError("scorer 'label_likelihood' needs a model with a key-value cache; use exact_match")
-        return output.past_key_values, output.logits[:, -1]
+        return cache, output.logits[:, -1]
 
     def _in_a_tree(
         self, read: tuple[DynamicCache, Tensor], mask: Tensor, index: Tensor, labels: tuple[tuple[int, ...], ...]
@@ -563,5 +564,12 @@ def _attention(model: Any) -> str:
 
 
 def reads_trees(model: Any) -> bool:
-    """Whether the model takes a mask that says for every token what it sees, beside a plain cache."""
-    return not is_seq2seq(model) and has_plain_cache(model) and _attention(model) in ("sdpa", "eager")
+    """Whether the model takes a mask that says for every token what it sees, beside a plain cache.
+
+    ALiBi (Falcon) wants a mask of tokens, and GPT-Neo's local layers count the tokens between, siblings too.
+    """
+    config = getattr(model, "config", None)
+    by_distance = getattr(config, "alibi", False) or getattr(config, "attention_types", None) is not None
+    return (
+        not by_distance and not is_seq2seq(model) and has_plain_cache(model) and _attention(model) in ("sdpa", "eager")
+    )
