@@ -374,7 +374,7 @@ def comparison_text(comparisons: Sequence[Comparison]) -> str:
         notes.append(f"{len(comparisons)} comparisons: each interval is for one alone, so some may miss by chance")
     runs = comparisons[0].runs
     if metric == "average_performance" and has_bounds(runs):
-        blocks.append("Against the bounds and controls, percent:\n\n" + bounds_table(runs))
+        blocks.append(f"Against the bounds and controls, {runs[0].unit}:\n\n" + bounds_table(runs))
     return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 
 

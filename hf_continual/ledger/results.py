@@ -275,6 +275,11 @@ def add_runs(
     return lines
 
 
+def _gated(queue: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forgetting gate changed, which may have been given after the recipe was frozen."""
+    return {key: [None, queue[key]] for key in ("gate", "rejected", "rehearsals") if queue.get(key)}
+
+
 def _distil(
     run: RunScores,
     brought: _Brought,
@@ -323,7 +328,7 @@ def _distil(
         "title": title,
         "recipe_file": recipe_file,
         "recipe": recipe,
-        "changed": {} if today is None else _changes(today, recipe),
+        "changed": {} if today is None else {**_changes(today, recipe), **_gated(queue)},
         "joint": run.joint,
         "independent": run.independent,
         "stream": {
