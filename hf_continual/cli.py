@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -240,15 +240,19 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             )
         run = recipes.open_run(args.recipe)
         if given:
-            recipes.set_gate(run, {**(run.recipe.get("gate") or {}), **given})
+            recipes.set_gate(run, {**_gate_of(run.recipe, given), **given})
         runs, root = [run], run.run_dir
     else:
         overrides |= {f"gate.{key}": value for key, value in given.items()}
         path = recipes.find_recipe(args.recipe)
         recipe = recipes.load_recipe(path)
+        if recipe.get("gate") and given:
+            recipe["gate"] = _gate_of(recipe, given)
         launch.check_recipe(recipe, overrides, path.parent.resolve())
         runs = recipes.expand(recipe, path.parent.resolve(), overrides)
-        runs += _bounds_and_controls(args, recipe, runs, overrides)
+        added = _bounds_and_controls(args, recipe, runs, overrides)
+        own = {str(r.variant) for r in runs}
+        runs += added
         if args.only:
             wanted = args.only.split(",")
             for name in wanted:
@@ -257,7 +261,10 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
                         f"--only {name}: the recipe has no such variant; it has "
                         f"{', '.join(sorted({str(r.variant) for r in runs}))}"
                     )
-            runs = [r for r in runs if str(r.variant) in wanted]
+            # With a variant come its control and the bounds, which were asked for by flags.
+            chosen = {str(r.variant) for r in added if str(r.variant).removesuffix("+padded") in wanted}
+            chosen |= {str(r.variant) for r in added if own & set(wanted) and "+padded" not in str(r.variant)}
+            runs = [r for r in runs if str(r.variant) in {*wanted, *chosen}]
         shared = {r.run_dir for r in runs}
         root = runs[0].run_dir if len(runs) == 1 else Path(os.path.commonpath([str(d) for d in shared]))
     for run in runs:
@@ -320,6 +327,14 @@ def _left_out(result: QueueResult) -> list[str]:
         f"run directory {result.run_dir} left out {names}, after which a task had lost more than the gate allows; add "
         "it again under another name and trained less, or in another run directory with a method against forgetting"
     ]
+
+
+def _gate_of(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """The recipe's gate, without how to rehearse where the command line says to do something else."""
+    gate = recipe.get("gate") or {}
+    if given.get("on_violation", "rehearse") == "rehearse" or not isinstance(gate, Mapping):
+        return gate
+    return {key: value for key, value in gate.items() if not str(key).startswith("rehearsal_")}
 
 
 def _bounds_and_controls(

@@ -153,12 +153,14 @@ def stream_label(run: RunScores, queue: Mapping[str, Any]) -> str:
 def _summary(run: RunScores, recipe: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
     base = f"`{_base_name(recipe)}`"
     methods = " + ".join(method["name"] for method in _methods(recipe)) or "no method against forgetting (naive)"
-    how = "all at once" if run.joint else "one after another"
-    tasks = ", ".join(run.eval_tasks if run.joint else run.tasks)
-    return (
-        f"{base} after learning {how}: {tasks}. Trained by "
-        f"[hf_continual](https://pypi.org/project/hf-continual/) with {methods}."
-    )
+    if run.independent:
+        learnt = f"{run.tasks[-1]} alone (the run has a model of its own for each task)"
+    else:
+        how = "all at once" if run.joint else "one after another"
+        learnt = f"{how}: {', '.join(run.eval_tasks if run.joint else run.tasks)}"
+    rejected = ", ".join(str(entry["name"]) for entry in queue.get("rejected") or ())
+    left_out = f" Left out by the forgetting gate: {rejected}." if rejected else ""
+    return f"{base} after learning {learnt}. Trained by hf_continual with {methods}.{left_out}"
 
 
 def _training(run: RunScores, recipe: Mapping[str, Any], queue: Mapping[str, Any]) -> str:
@@ -250,7 +252,8 @@ def _results(
                 value,
                 args={k: v for k, v in args.items() if v is not None},
             )
-    for name, value in measure(run)[0].items():
+    # Those of an independent run belong to all of its models, not to this one.
+    for name, value in ({} if run.independent else measure(run)[0]).items():
         add(f"all tasks of {stream}", stream, name, value, f"{name.replace('_', ' ')} ({COLUMNS[name]})")
     for row in of_probe(general, GENERAL)[-1:]:
         hashes = dict(row.get("hashes", {}))

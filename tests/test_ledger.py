@@ -54,7 +54,12 @@ def a_run(root: Path, variant="lora", seed=42, R=R, recipe=None, hashes="", task
         task |= {"hash": f"train-{task['name']}{hashes}", "rows": 8}
         folder = path / "tasks" / f"{i:02d}-{task['name']}"
         folder.mkdir(parents=True)
-        (folder / "log.json").write_text(json.dumps([{"loss": 1.0}, {"train_runtime": 20.0 + i}]))
+        log = [
+            {"loss": 1.0},
+            {"train_runtime": 15.0 + i},
+            {"kif/replay": 1.0, "train_runtime": 5.0},
+        ]  # a phase of its own
+        (folder / "log.json").write_text(json.dumps(log))
     state["evaluation"] = [{"task": name, "hash": f"eval-{name}{hashes}"} for name in state["eval_tasks"]]
     (path / "queue.json").write_text(json.dumps(state))
     stored = (recipe or recipe_of()) | {"seed": seed, "variant": variant, "base_dir": "/home/someone/recipes"}
@@ -380,11 +385,22 @@ def test_published_numbers_that_cannot_be_understood(tmp_path, table, row, messa
         read_numbers(tmp_path / "absent.yaml")
 
 
+def test_a_gate_given_later_is_a_change(tmp_path):
+    gate = {"max_forgetting": 0.3, "on_violation": "rehearse"}
+    for key, queue in (("plain", {}), ("gated", {"gate": gate, "rehearsals": {"b": 3}})):
+        runs = a_run(tmp_path / key, "migu", recipe=recipe_of(name="quickstart"), **queue)
+        add_runs([runs], tmp_path / "results", group=key)
+    changed = {
+        key: set(read_result(tmp_path / "results" / key / "migu.json").data["changed"]) for key in ("plain", "gated")
+    }
+    assert changed["plain"] and changed["gated"] - changed["plain"] == {"gate", "rehearsals"}
+
+
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
 def judged(
-    tmp_path, aps=(60.0,), stream="standard-order1", paper=60.9, model="org/small", changed=None, table=None, **row
+    tmp_path, aps=(60.0, 60.0), stream="standard-order1", paper=60.9, model="org/small", changed=None, table=None, **row
 ):
     """The verdict on a result of the recipe of that stream, with these average performances."""
     folder = tmp_path / f"results-{len(list(tmp_path.iterdir()))}"
@@ -403,12 +419,16 @@ def judged(
 
 
 def test_verdicts(tmp_path):
-    assert judged(tmp_path, paper=60.9) == "reproduced"  # one seed: within 1.0
+    assert judged(tmp_path, aps=(60.0,), paper=60.0) == "inconclusive"  # one seed
+    assert judged(tmp_path, paper=60.9) == "reproduced"  # no spread: within 1.0
     assert judged(tmp_path, paper=61.1) == "failed"
     assert judged(tmp_path, paper=58.9) == "failed"
-    # Two standard deviations of (58, 62) are 5.66.
-    assert judged(tmp_path, aps=(58.0, 62.0), paper=65.6) == "reproduced"
+    # Two standard deviations of (58, 62) are 5.66, of (59, 61) 2.83.
     assert judged(tmp_path, aps=(58.0, 62.0), paper=65.7) == "failed"
+    assert judged(tmp_path, aps=(58.0, 62.0), paper=65.6) == "inconclusive"  # within the spread, which is wide
+    assert judged(tmp_path, aps=(58.0, 62.0), paper=62.9) == "reproduced"
+    assert judged(tmp_path, aps=(59.0, 61.0), paper=62.8) == "reproduced"
+    assert judged(tmp_path, aps=(40.0, 80.0), paper=74.4) == "inconclusive"
     assert judged(tmp_path, table={"secondary": True}) == "unverified"
     assert judged(tmp_path, model="org/other") == "reduced"
     assert judged(tmp_path, changed={"tasks.train_rows": [120, 60]}) == "reduced"
@@ -450,7 +470,7 @@ def test_a_mean_over_streams_is_judged_when_all_of_them_were_run(tmp_path):
     results = tmp_path / "results"
     for order, ap in ((1, 0.6), (2, 0.7)):
         stream = f"standard-order{order}"
-        add_runs([a_run(tmp_path / stream, R=shifted(ap - 0.6))], results, group=stream)
+        add_runs([a_run(tmp_path / stream, R=shifted(ap - 0.6), seed=s) for s in (1, 2)], results, group=stream)
         file = results / stream / "lora.json"
         data = json.loads(file.read_text()) | {"recipe_file": f"migu/{stream}"}
         data["stream"]["name"] = stream

@@ -123,6 +123,15 @@ def test_runs_from_python_joint_runs_and_full_models_have_cards(tmp_path):
     assert "after learning all at once: toy0, toy1" in card.text and len(results_of(card)) == 3
 
 
+def test_a_card_of_an_independent_run_is_of_one_model(tmp_path):
+    queue = make_queue(tmp_path / "run")
+    queue.independent = True
+    queue.run()
+    card = model_card(tmp_path / "run")
+    assert "after learning toy1 alone (the run has a model of its own for each task)" in card.text
+    assert {metric for _, metric in results_of(card)} == {"exact_match"}
+
+
 def test_a_run_that_has_learnt_nothing_has_no_card(run, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()

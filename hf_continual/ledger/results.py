@@ -526,7 +526,7 @@ def _training_seconds(run: RunScores) -> float | None:
         found = [row["train_runtime"] for row in read_json(path) if "train_runtime" in row]
         if not found:
             return None
-        total += float(found[-1])
+        total += sum(map(float, found))  # a phase after the merge and a rehearsal have one of their own
     return round(total, 1)
 
 

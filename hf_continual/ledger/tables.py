@@ -20,15 +20,19 @@ from .results import Measured, Result, brought_recipe, read_results
 __all__ = ["BEGIN", "END", "RULES", "ledger_text", "verdict", "write_ledger"]
 
 BEGIN, END = "<!-- ledger:begin -->", "<!-- ledger:end -->"
-TOLERANCE, SPREADS = 1.0, 2.0
+TOLERANCE, SPREADS, WIDEST = 1.0, 2.0, 3.0
 NONE = "-"
 WIDTH = 120
 RULES = f"""\
 Percent; ours is mean ± sample standard deviation over the seeds. Verdicts:
 
 - `reproduced`: the paper's model, and its recipe without a change (its rows, its options); every metric of the number
-  that ours has differs by at most max({TOLERANCE:.1f}, {SPREADS:g} x our standard deviation), which is 0 of one seed.
-- `failed`: the same model and recipe, and further away.
+  that ours has differs by at most max({TOLERANCE:.1f}, {SPREADS:g} x our standard deviation), and by at most
+  {WIDEST:g}; at least two seeds.
+- `failed`: the same model and recipe, at least two seeds, and a metric differs by more than max({TOLERANCE:.1f},
+  {SPREADS:g} x our standard deviation).
+- `inconclusive`: the same model and recipe, and one seed, or seeds so far apart that a difference above {WIDEST:g}
+  says nothing.
 - `unverified`: the same model and recipe, but the number comes from a source other than the paper itself.
 - `reduced`: another model, fewer rows or other options. The numbers cannot be compared; what can be is which of two
   methods is ahead (next table).
@@ -224,16 +228,16 @@ def _mean_of(parts: Sequence[Measured | None]) -> Measured | None:
 
 
 def _judge(table: Table, number: Number, ours: Mapping[str, Measured | None]) -> str:
-    near = [
-        abs(found.mean - number.values[metric]) <= max(TOLERANCE, SPREADS * (found.sd or 0.0))
-        for metric, found in ours.items()
-        if found is not None
-    ]
-    if not near:
+    known = [(abs(found.mean - number.values[metric]), found) for metric, found in ours.items() if found is not None]
+    if not known:
         return "not run" if number.values else "no number"
     if table.secondary:
         return "unverified"
-    return "reproduced" if all(near) else "failed"
+    if any(found.seeds < 2 for _, found in known):
+        return "inconclusive"
+    if any(distance > max(TOLERANCE, SPREADS * (found.sd or 0.0)) for distance, found in known):
+        return "failed"
+    return "reproduced" if all(distance <= WIDEST for distance, _ in known) else "inconclusive"
 
 
 # Tables
