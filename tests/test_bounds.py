@@ -291,6 +291,22 @@ def recipe(tmp_path_factory, model):
     return path, times
 
 
+def test_only_keeps_what_the_flags_add_to_a_variant(tmp_path, model, capsys):
+    variants = {"plain": {}, "rep": {"methods": [{"name": "replay", "ratio": 0.5}]}, "ewc": {"methods": ["ewc"]}}
+    path = write_recipe(tmp_path, model, variants=variants, methods=[])
+
+    def chosen(*words):
+        assert main(["run", str(path), "--dry_run", "--only", *words]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "; tasks: " in line]
+        return {line.partition(":")[0].removeprefix(str(tmp_path / "run") + "/") for line in lines}
+
+    assert chosen("rep") == {"rep"}
+    assert chosen("rep", "--with_padded_control") == {"rep", "rep+padded"}
+    assert chosen("ewc", "--with_padded_control") == {"ewc"}
+    assert chosen("ewc", "--with_bounds") == {"ewc", "naive", "independent", "joint"}
+    assert chosen("joint", "--with_bounds") == {"joint"}
+
+
 def queue_of(run):
     return json.loads((run / "queue.json").read_text())
 

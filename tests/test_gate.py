@@ -629,6 +629,21 @@ def test_a_task_that_is_added_is_judged(stopped, tmp_path, capsys):
     assert "task 'again' was rejected by the forgetting gate; add it under another name" in capsys.readouterr().err
 
 
+def test_the_way_out_of_a_rehearsal_that_did_not_help(tmp_path, model, capsys):
+    """Its options are of no use to another answer, and are dropped; typed beside it, they are refused."""
+    gate = {"max_forgetting": 0.05, "on_violation": "rehearse", "rehearsal_rounds": 1, "rehearsal_learning_rate": 1e-9}
+    path = forgetful(tmp_path, model, gate=gate)
+    assert main(["run", str(path)]) == 3
+    assert "go on with" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    assert main(["run", str(tmp_path / "other"), "--on_violation", "rollback"]) == 3
+    assert "rolled back: task 'b' is rejected" in capsys.readouterr().out
+    assert main(["run", str(path), "--on_violation", "rollback", "--gate.rehearsal_rounds", "2"]) == 2
+    assert "gate.rehearsal_rounds=2 is for on_violation='rehearse'" in capsys.readouterr().err
+    assert main(["run", str(path), "--on_violation", "rollback"]) == 3
+    assert "rolled back: task 'b' is rejected" in capsys.readouterr().out
+
+
 def test_a_raised_limit_goes_on(stopped, tmp_path):
     path = copy_of(stopped, tmp_path / "copy")
     assert main(["run", str(path), "--max_forgetting", "1"]) == 0

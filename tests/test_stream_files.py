@@ -248,6 +248,15 @@ def test_one_file_a_task_as_natural_instructions_has_them(tmp_path: Path) -> Non
     assert set(scorers.values()) == {"exact_match_seekr", "rouge_l_seekr"}
 
 
+def test_superni12_prompts_lie_where_seekrs_script_has_them(tmp_path: Path) -> None:
+    for name in describe_stream("superni12-order3")["tasks"]:
+        answer = find_stream("superni12-order3").tasks[name].get("labels", ["some text"])[0]
+        for split in ("train", "test"):
+            write_rows(tmp_path / name.split("_")[0] / f"{split}.json", [{"prompt": "Do: ", "answer": answer}] * 2)
+    tasks = load_stream("superni12-order4:prompts", data_dir=tmp_path)
+    assert len(tasks) == 12 and tasks[0].name.startswith("task748_") and tasks[0].train_dataset["prompt"][0] == "Do: "
+
+
 def test_tasl_prompts_from_either_layout(tmp_path: Path) -> None:
     sentence = "Title: a\nText: b\n"
     prompt = (
@@ -263,6 +272,10 @@ def test_tasl_prompts_from_either_layout(tmp_path: Path) -> None:
         load_stream("standard-order3:tasl", data_dir=tmp_path / name, order=["agnews"]) for name in ("one", "two")
     )
     assert one[0].train_dataset[0] == two[0].train_dataset[0]
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "two").rename(tmp_path / "clone" / "data_Long_Sequence_Benchmark")  # data_dir: TaSL's repository
+    cloned = load_stream("standard-order3:tasl", data_dir=tmp_path / "clone", order=["agnews"])
+    assert cloned[0].train_dataset[:] == two[0].train_dataset[:]
     stream = find_stream("standard-order3:tasl")
     assert stream_hash(one, stream) == stream_hash(two, stream)
     plain = load_stream("standard-order3", data_dir=tmp_path / "one", order=["agnews"])
