@@ -107,7 +107,7 @@ def one_by_one(model, ids, length):
 ENDS = range(30, 55)  # a quarter of the vocabulary, so that answers are of one token or of many
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*CAUSAL, "t5"])
 @torch.no_grad()
 def test_answers_are_those_of_each_row_alone(family):
     model, ids = make(family, ENDS), prompts(23)
