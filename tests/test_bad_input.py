@@ -85,6 +85,7 @@ BAD = {
     "no rows a batch": (None, ["--training.per_device_train_batch_size", "0"], ["batch_size=0 must be at least 1"]),
     "no accumulation": (None, ["--training.gradient_accumulation_steps", "0"], ["_steps=0 must be at least 1"]),
     "epochs below 0": (None, ["--training.num_train_epochs", "-1"], ["num_train_epochs=-1 must be at least 0"]),
+    "learning rate below 0": (None, ["--training.learning_rate", "-1"], ["learning_rate=-1 must be at least 0"]),
     "norm below 0": (None, ["--training.max_grad_norm", "-1"], ["max_grad_norm=-1 must be at least 0"]),
     "unknown task key": (None, ["--tasks.0.pth", "x"], ["pth", "did you mean 'path'"]),
     "threshold 1": (None, ["--methods.0.threshold", "1"], ["migu", "threshold=1", "[0, 1)"]),

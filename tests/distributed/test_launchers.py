@@ -186,9 +186,9 @@ BAD = {  # name: (training, other sections, variables of a launcher, what the se
         {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}}, {"methods": ["lwf"]}, {},
         "method 'lwf' does not support the 'zero3' backend, because the teacher",
     ),
-    "no learning rate": (
-        {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}, "learning_rate": -1}, {"peft": None}, {},
-        "learning_rate=-1 makes no optimizer",
+    "no optimizer": (
+        {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}, "adam_beta1": 1.5}, {"peft": None}, {},
+        "makes no optimizer (Invalid beta parameter",
     ),
     "an optimizer that is not installed": (
         {"optim": "galore_adamw", "optim_target_modules": "all-linear"}, {}, {}, "optim=galore_adamw",
