@@ -15,7 +15,6 @@ The verdict follows from the scores alone, so a run that is killed comes to the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -281,7 +280,7 @@ class ForgettingGate:
             done = queue._on_main(lambda task=task: queue.directory.rehearsals(task))  # type: ignore[misc]
             if action == "rehearse" and done < self.config.rehearsal_rounds:
                 self._rehearse(learnt - 1, done + 1)
-                queue._evaluate_missing(learnt)
+                queue._scoring.score_missing(learnt)
                 continue
             queue._on_main(lambda: queue._write_queue(learnt))  # noqa: B023 - called at once
             queue.model.release()
@@ -326,7 +325,7 @@ class ForgettingGate:
             f"{queue.directory.rejected_folder(entry)}; the run is as it was after "
             f"'{queue.stream[index - 1].name}'"
         )
-        queue._evaluate_missing(index)  # what is measured after the last task only, which may be another one now
+        queue._scoring.score_missing(index)  # what is measured after the last task only, which may be another one now
         return index
 
     # -- rehearsal ---------------------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ class ForgettingGate:
 
         It is not saved in checkpoints; a run that is stopped in it does the round again, from the same weights.
         """
-        from .methods.base import MethodList
+        from .methods.base import ContinualMethod, MethodList
         from .models import is_seq2seq
 
         queue, config = self.queue, self.config
@@ -362,10 +361,19 @@ class ForgettingGate:
         if trainer.interrupted:
             raise Interrupted(f"stopped in rehearsal {number} after task '{task.name}', which is done again")
         before = queue.directory.task_folder(task)
+        methods = queue._new_methods()
+        methods.load(before / "methods")
+        told = [method for method in methods if type(method).on_rehearsed is not ContinualMethod.on_rehearsed]
+        for method in told:
+            method.on_rehearsed(trainer.accelerator.unwrap_model(trainer.model))
 
         def fill(folder: Path) -> None:
+            of_told = [f"{method.name}{rest}" for method in told for rest in (".json", ".safetensors", "-*")]
             if (before / "methods").is_dir():
-                shutil.copytree(before / "methods", folder / "methods", copy_function=_link)
+                others = shutil.ignore_patterns(*of_told)
+                shutil.copytree(before / "methods", folder / "methods", copy_function=_link, ignore=others)
+            for method in told:
+                method.save(folder / "methods")
             entries = [{"phase": f"rehearsal/{number}", **entry} for entry in trainer.state.log_history]
             write_json(folder / "log.json", [*read_json(before / "log.json"), *entries])
 
@@ -376,14 +384,13 @@ class ForgettingGate:
         import datasets
         import torch
 
-        from .methods.base import MethodList
         from .replay import buffer_size, random_rows
         from .task_queue import _concatenate
 
         queue, config = self.queue, self.config
         tasks = queue.learnt_tasks[: index + 1]
         if config.rehearsal_source == "buffer":
-            methods = MethodList(copy.deepcopy(queue._method_specs))
+            methods = queue._new_methods()
             methods.load(queue.directory.task_folder(tasks[-1]) / "methods")
             rows = _concatenate(kept_rows(methods))
         else:

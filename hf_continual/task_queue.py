@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import math
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,25 +16,28 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from . import metrics, pretraining
 from .checkpoints import CheckpointSizes, usable_checkpoint
 from .data import as_rows, content_hash
 from .distributed import Distributed, processes, release_engine
-from .end_tasks import check_end_task, score_end_task
-from .errors import ForgettingLimit, InputError, Interrupted, build, did_you_mean
-from .evaluation import EvaluationConfig, check_task, evaluate_task
+from .end_tasks import check_end_task
+from .errors import InputError, Interrupted, build, did_you_mean
+from .evaluation import EvaluationConfig, check_task
 from .gate import ForgettingGate, GateConfig, keeps_rows, make_gate
-from .general_ability import GeneralAbility, general_rows
+from .general_ability import general_rows
+from .isolation import run_isolated
 from .lora import LoraView
-from .methods.base import ContinualMethod, MethodContext, MethodList
-from .models import ModelConfig, first_line, is_seq2seq, library_bars
+from .methods.base import MethodContext, MethodList
+from .models import ModelConfig, is_seq2seq, library_bars
 from .perplexity import check_texts
-from .provenance import changed_arguments, first_difference, git_commit, plain, plain_peft, versions
-from .run_model import BEFORE_ANY_TASK, RunModel, training_device
-from .run_scores import shown
+from .provenance import changed_arguments, git_commit, plain, plain_peft, versions
+from .queue_evaluation import QueueEvaluation
+from .run_model import BEFORE_ANY_TASK, RunModel
 from .run_state import RunDirectory, disk_full, peer_lost, try_json, write_json
+from .same_run import check_other_processes, check_same_stream, evaluation_of, rows_of_a_step
+from .stopping import StopAtSignal
 from .tasks import Task, check_stream
 from .tokenization import Packing, tokenize_dataset
 from .trainer import ContinualMixin, ContinualSeq2SeqTrainer, ContinualTrainer
@@ -47,9 +46,6 @@ from .training_args import make_training_args
 JOINT = "joint"
 LAUNCH = "processes.json"
 """In the work folder of a task: by how many processes, and on which backend, its checkpoints were made."""
-BATCHES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-"""Training arguments, with the Trainer's defaults, that may change with the number of processes."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 IN_MEMORY = ("single", "ddp")
 """Backends that leave the model as it was given; elsewhere each task loads the last commit into a new one."""
 
@@ -117,33 +113,6 @@ class QueueResult:
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _StopAtSignal(TrainerCallback):
-    """Ends the training at the next step, with a checkpoint, once the flag of a rank is set."""
-
-    in_phases = True
-
-    def __init__(self) -> None:
-        self.stop = False
-        self.trainer: Any = None
-        self.processes = processes()
-
-    def agreed(self) -> bool:
-        """The flag of any rank: signals reach the ranks at different steps, or only one, and all must stop at the same.
-
-        Asked after every step, since a checkpoint must come soon after a machine is called back. It is one integer
-        between the hosts, in the group beside that of the training: no GPU is waited for, and a process that is gone
-        is noticed here, where NCCL alone would go on waiting.
-        """
-        self.stop = self.processes.any(self.stop)
-        return self.stop
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.agreed():
-            control.should_save = control.should_training_stop = True
-            if self.trainer is not None:
-                self.trainer.interrupted = True
-
-
 class TaskQueue:
     """Learns a stream of tasks in a run directory.
 
@@ -200,7 +169,7 @@ class TaskQueue:
         self._args = args if args is not None else {}
         self._data: DataConfig = build(DataConfig, data or {}, "data")
         self._evaluation: EvaluationConfig = build(EvaluationConfig, evaluation or {}, "evaluation")
-        self._general = GeneralAbility(self._evaluation)
+        self._scoring = QueueEvaluation(self, self._evaluation)
         self._method_specs = [methods] if isinstance(methods, (str, Mapping)) else list(methods)
         self.seed, self.joint, self.variant, self.independent = seed, joint, variant, independent
         self._trainer_class = trainer_class
@@ -215,12 +184,12 @@ class TaskQueue:
             peft_config,
             seed,
             lambda i: self.directory.task_folder(self.learnt_tasks[i]),
-            use_cpu=bool((self._args if isinstance(self._args, Mapping) else vars(self._args)).get("use_cpu")),
+            use_cpu=bool(self._plain_args().get("use_cpu")),
             masked=any(task.kind == "mlm" for task in tasks),
         )
         self.stream = [readable(task, i) for i, task in enumerate(tasks)]
         check_stream(self.stream)
-        made = MethodList(copy.deepcopy(self._method_specs))  # refuses unknown and conflicting methods at once
+        made = self._new_methods()  # refuses unknown and conflicting methods at once
         self.rejected: list[dict[str, Any]] = []
         self._gate_config = make_gate(gate)
         self._gate = ForgettingGate(self, self._gate_config) if self._gate_config is not None else None
@@ -228,9 +197,9 @@ class TaskQueue:
         for task in self.stream:
             self._check_task(task)
         self.processes = processes()
-        self._stop = _StopAtSignal()
+        self._stop = StopAtSignal()
         self._bars = self.processes.is_main and not datasets.are_progress_bars_disabled()
-        options = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        options = self._plain_args()
         if options.get("methods"):
             raise InputError("training.methods: give the methods to the TaskQueue, as methods=[...]")
 
@@ -327,7 +296,7 @@ class TaskQueue:
             if (self.directory.path / "queue.json").exists():
                 with self.directory.locked():
                     queue = self.directory.read_queue()
-                    self._check_same_stream(queue)
+                    check_same_stream(self, queue)
                     if record is not None:
                         record()
                     self._write_queue(queue["cursor"], queue)
@@ -363,7 +332,7 @@ class TaskQueue:
     def check(self) -> None:
         """Everything `run` checks before it trains, on a model without weights."""
         model = self.model.fresh(empty=True)
-        self._general.check(model, self.model.tokenizer)
+        self._scoring.general.check(model, self.model.tokenizer)
         self._check_methods(model)
         for task in self.learnt_tasks:
             self._tokenized(task, is_seq2seq(model))  # says how many answers are cut
@@ -371,7 +340,7 @@ class TaskQueue:
             check_task(task, self._evaluation)
         if self.directory.holds_learning:
             self.leave_out(self.read_rejected())
-            self._check_same_stream(self.directory.read_queue())
+            check_same_stream(self, self.directory.read_queue())
 
     def run(self, isolate_tasks: bool = False, one_task: bool = False) -> QueueResult:
         """Start or continue; returns when every task is learnt and scored.
@@ -389,14 +358,14 @@ class TaskQueue:
         """
         self._check_launcher()
         if isolate_tasks and self.processes.world_size == 1 and not one_task:
-            self._run_isolated()
+            run_isolated(self)
         else:
             self._run(one_task or isolate_tasks)
         return self.result()
 
     def _run(self, one_task: bool = False) -> bool:
         """Returns whether nothing is left to learn."""
-        with self._locked(), self._signals(), self._clear_errors(), library_bars(False):
+        with self._locked(), self._stop.listening(self._say), self._clear_errors(), library_bars(False):
             self.leave_out(self._on_main(self.read_rejected))
             cursor = self._on_main(self._open)
             tasks = self.learnt_tasks
@@ -405,8 +374,9 @@ class TaskQueue:
             if cursor > len(tasks):
                 self._say(f"{self.directory.path}: {len(tasks)} task(s) learnt, {cursor - len(tasks)} added since")
                 return True
-            idle = cursor == len(tasks) and not self._cells_to_score(cursor) and not self._general_to_measure(cursor)
-            self._evaluate_missing(cursor)
+            scored = not self._scoring.missing_cells(cursor) and not self._scoring.missing_general(cursor)
+            idle = cursor == len(tasks) and scored
+            self._scoring.score_missing(cursor)
             cursor = self._judged(cursor, again=True)
             if cursor == len(self.learnt_tasks):
                 self._on_main(lambda: self._write_queue(cursor))
@@ -418,9 +388,9 @@ class TaskQueue:
                     self._learn(task)
                     if self.model.at != cursor:
                         gc.collect()  # of what held the model that is not kept
-                self._evaluate_missing(cursor + 1)
+                self._scoring.score_missing(cursor + 1)
                 cursor = self._judged(cursor + 1)
-                self._measure_general(cursor)  # the gate may have made an earlier task the last one
+                self._scoring.measure_general(cursor)  # the gate may have made an earlier task the last one
                 self._on_main(lambda learnt=cursor: self._write_queue(learnt))  # type: ignore[misc]
                 if one_task:
                     break
@@ -432,7 +402,7 @@ class TaskQueue:
         return learnt if self._gate is None else self._gate.after(learnt, again)
 
     def _check_launcher(self) -> None:
-        args = self._args if isinstance(self._args, Mapping) else vars(self._args)
+        args = self._plain_args()
         if args.get("deepspeed") and "RANK" not in os.environ:
             raise InputError(
                 "training.deepspeed is given and no launcher started this process, which DeepSpeed needs for one "
@@ -458,42 +428,6 @@ class TaskQueue:
         with ExitStack() as stack, self._clear_errors():
             self._on_main(lambda: stack.enter_context(self.directory.locked()))
             yield
-
-    def _run_isolated(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        finished = False
-        while not finished:
-            receiver, sender = context.Pipe(duplex=False)
-            given = (sender, torch.get_num_threads(), self._options())
-            child = context.Process(target=_learn_one_task, args=given)
-            try:
-                child.start()
-            except Exception as error:  # pickling has no error of its own
-                raise InputError(
-                    f"isolate_tasks: the queue cannot be sent to another process ({first_line(error)}); give the model "
-                    "as a folder or hub id, and methods, callbacks and collators as objects of classes in a module"
-                ) from error
-            sender.close()
-            with _forwarding_signals(child):
-                try:
-                    answer = receiver.recv()
-                except EOFError:
-                    answer = {}
-                child.join()
-            receiver.close()
-            if "interrupted" in answer:
-                raise Interrupted(answer["interrupted"])
-            if "error" in answer:
-                raise InputError(answer["error"])
-            if "forgotten" in answer:
-                raise ForgettingLimit(answer["forgotten"])
-            if "finished" not in answer:
-                raise InputError(
-                    f"isolate_tasks: the process of a task ended with exit code {child.exitcode} before the task was "
-                    "learnt; what is learnt is kept, and the same command goes on from there"
-                )
-            finished = answer["finished"]
-        self.model.release()
 
     def _options(self) -> dict[str, Any]:
         """What makes an equal queue in another process."""
@@ -543,11 +477,11 @@ class TaskQueue:
             check_task(task, self._evaluation)
         if not self.directory.holds_learning:
             self.check_model_early()
-            self.directory.start(dict(self._recipe) if self._recipe is not None else self._description())
+            self.directory.start(self._description())
             self._write_queue(0)
             return 0
         queue = self.directory.read_queue()
-        self._check_same_stream(queue)
+        check_same_stream(self, queue)
         self.settle()
         cursor = int(queue["cursor"])
         for task in self.learnt_tasks[:cursor]:
@@ -561,10 +495,10 @@ class TaskQueue:
         if cursor > len(self.learnt_tasks):
             return cursor
         if queue.get("world_size", 1) != self.processes.world_size:
-            self._check_other_processes(queue)
+            check_other_processes(self, queue)
         names = {task.name for task in [*self.stream, *self.learnt_tasks]}
         self.directory.check_scores(self.directory.cells(learnt, self.stream), names)
-        self._general.check_stored(self.directory, learnt)
+        self._scoring.general.check_stored(self.directory, learnt)
         for task in learnt:
             self.directory.check_task(task)
             self.directory.drop_work(task)  # left where a process died just after a commit
@@ -576,15 +510,15 @@ class TaskQueue:
     def check_model_early(self) -> None:
         """Load the model and try the methods on it, so that what cannot work leaves no run directory behind."""
         model = self.model.fresh(empty=True)
-        self._general.check(model, self.model.tokenizer)
+        self._scoring.general.check(model, self.model.tokenizer)
         self._check_methods(model)
         self.model.after(BEFORE_ANY_TASK)
 
     def _check_methods(self, model: Any) -> None:
         """Begin every task on a model without weights."""
-        methods = MethodList(copy.deepcopy(self._method_specs))
+        methods = self._new_methods()
         for task in self.learnt_tasks:
-            given = self._args if isinstance(self._args, Mapping) else vars(self._args)
+            given = self._plain_args()
             args = SimpleNamespace(**{**given, **task.training})
             ctx = MethodContext(
                 model, task, Distributed(), LoraView(model), TrainerState(), 0, lambda n, v: None, args=args
@@ -605,13 +539,15 @@ class TaskQueue:
         return self._args if isinstance(self._args, Mapping) else vars(self._args)
 
     def _description(self) -> dict[str, Any]:
-        """What a run started from Python records as its recipe."""
+        """The recipe, or what a run started from Python records as its recipe."""
+        if self._recipe is not None:
+            return dict(self._recipe)
         args = self._args if isinstance(self._args, Mapping) else changed_arguments(self._args)
         return {
             "python": True,
             "model": self.model.description(),
             "trainer": self._trainer_class.__name__ if self._trainer_class is not None else None,
-            "methods": [{"name": m.name, **m.options()} for m in MethodList(copy.deepcopy(self._method_specs))],
+            "methods": [{"name": m.name, **m.options()} for m in self._new_methods()],
             "peft": plain_peft(self._peft_config),
             "training": plain(dict(args)),
             "data": dataclasses.asdict(self._data),
@@ -632,7 +568,7 @@ class TaskQueue:
             for t in learnt
         ]
         if before is None:
-            steps = [self._step(task) for task in learnt]
+            steps = [rows_of_a_step(self, task) for task in learnt]
         else:
             steps = [entry.get("step") for entry in before["tasks"]]
         for entry, step in zip(tasks, steps, strict=False):
@@ -647,7 +583,7 @@ class TaskQueue:
             {
                 "tasks": tasks,
                 "eval_tasks": [t.name for t in scored],
-                "evaluation": [self._evaluation_of(t) for t in scored],
+                "evaluation": [evaluation_of(t, self._evaluation) for t in scored],
                 "cursor": cursor,
                 "finished": cursor == len(tasks),
                 "joint": self.joint,
@@ -655,7 +591,7 @@ class TaskQueue:
                 **({"stream": dict(self.named_stream)} if self.named_stream is not None else {}),
                 "seed": self.seed,
                 "world_size": (before or {}).get("world_size", self.processes.world_size),
-                "method_names": [m.name for m in MethodList(copy.deepcopy(self._method_specs))],
+                "method_names": [m.name for m in self._new_methods()],
                 "versions": versions(),
                 "git": git_commit(),
                 "recipe_sha256": self.directory.recipe_checksum(),
@@ -675,148 +611,13 @@ class TaskQueue:
         }
         return {key: value for key, value in found.items() if value}
 
-    def _evaluation_of(self, task: Task) -> dict[str, Any]:
-        """What a task is scored on; it must stay the same for the scores of one matrix to be comparable."""
-        labels = list(task.labels) if task.labels is not None else None
-        scorer = task.scorer or self._evaluation.scorer
-        own: dict[str, Any] = {
-            "task": task.name, "hash": content_hash(task.eval_dataset), "scorer": scorer, "labels": labels
-        }  # fmt: skip
-        if task.kind != "completion":
-            own["kind"] = task.kind
-        if task.end_task is not None:
-            end = task.end_task
-            own["end_task"] = {
-                **self._evaluation_of(end),
-                "rows": content_hash(end.train_dataset),
-                "training": plain(dict(end.training)),
-                "seeds": list(end.seeds),
-                "peft": plain_peft(end.peft),
-            }
-        return own
-
-    def _check_same_stream(self, queue: Mapping[str, Any]) -> None:
-        where = f"run directory {self.directory.path}"
-        mine = self.learnt_tasks
-        for i, stored in enumerate(queue["tasks"]):
-            if i >= len(mine):
-                if self._recipe is None and queue["cursor"] > len(mine):
-                    break  # a script that calls `add` later is being run again
-                raise InputError(
-                    f"{where} also has the task '{stored['name']}', which this stream lacks; give the whole "
-                    "stream, or use "
-                    "another run directory"
-                )
-            if stored["name"] != mine[i].name:
-                raise InputError(
-                    f"{where} belongs to another recipe: its task {i} is '{stored['name']}' and not "
-                    f"'{mine[i].name}'; use "
-                    "another run directory"
-                )
-            if stored["hash"] != content_hash(mine[i].train_dataset):
-                raise InputError(
-                    f"{where} belongs to another recipe: the training rows of task '{mine[i].name}' differ "
-                    "from those it "
-                    "was started with; use another run directory"
-                )
-        for stored, task in zip(queue.get("evaluation", ()), self.stream, strict=False):
-            compared = {"hash": "evaluation rows", "scorer": "scorer", "labels": "labels", "kind": "kind",
-                        "end_task": "end task"}  # fmt: skip
-            for key, what in compared.items():
-                if stored.get(key) != self._evaluation_of(task).get(key):
-                    raise InputError(
-                        f"{where} belongs to another recipe: the {what} of task '{task.name}' differ from those it was "
-                        "started with, and scores of both would not compare; use another run directory"
-                    )
-        names = [m.name for m in MethodList(copy.deepcopy(self._method_specs))]
-        if queue.get("method_names") != names or queue.get("seed") != self.seed:
-            raise InputError(
-                f"{where} belongs to another recipe: methods {queue.get('method_names')} with seed "
-                f"{queue.get('seed')} and not "
-                f"{names} with seed {self.seed}; use another run directory"
-            )
-        stored_recipe = self.directory.read_recipe()
-        if queue.get("recipe_sha256") not in (None, self.directory.recipe_checksum()):
-            raise InputError(
-                f"{self.directory.path / 'recipe.yaml'} was edited after the run was started; undo the change, "
-                "or run the "
-                "changed recipe in another run directory"
-            )
-        recipe = plain(dict(self._recipe) if self._recipe is not None else self._description())
-        # What the gate allows may change at any time: it decides whether to go on, not how a task is learnt.
-        stored_recipe, recipe = ({k: v for k, v in r.items() if k != "gate"} for r in (stored_recipe, recipe))
-        if queue.get("world_size", 1) != self.processes.world_size:  # `_check_other_processes` looks at these
-            stored_recipe, recipe = _without_batches(stored_recipe), _without_batches(recipe)
-        difference = first_difference(stored_recipe, recipe)
-        if difference:
-            key, old, new = difference
-            raise InputError(
-                f"{where} belongs to another recipe: {key} is {old!r} there and {new!r} here; use the same "
-                "recipe, or another "
-                "run directory"
-            )
-
-    def _step(self, task: Task) -> dict[str, int]:
-        """Of what the rows of one optimizer step are made: processes, rows in each, micro-batches."""
-        batch, accumulation = (int(self._option(task, name, default)) for name, default in BATCHES.items())
-        return {"processes": self.processes.world_size, "batch": batch, "accumulation": accumulation}
+    def _new_methods(self) -> MethodList:
+        """Fresh methods; the queue loads their state."""
+        return MethodList(copy.deepcopy(self._method_specs))
 
     def _option(self, task: Task | None, name: str, default: Any = None) -> Any:
-        given = self._args if isinstance(self._args, Mapping) else vars(self._args)
-        return {**given, **(task.training if task is not None else {})}.get(name, default)
-
-    def _check_other_processes(self, queue: Mapping[str, Any]) -> None:
-        """Refuse, between two tasks, another number of processes under which a step would see other rows."""
-        for i, task in enumerate(self.learnt_tasks):
-            if self.directory.is_learnt(task):
-                continue
-            now = self._step(task)
-            stored = queue["tasks"][i] if i < len(queue["tasks"]) else {}
-            old = stored.get("step") or {**now, "processes": queue.get("world_size", 1)}
-            if old["processes"] == now["processes"]:
-                continue
-            of_old, of_now = (math.prod(step.values()) for step in (old, now))
-            began = (
-                f"run directory {self.directory.path} was begun with {old['processes']} process(es) and would go on "
-                f"with {now['processes']} process(es)"
-            )
-            as_before = f"go on with {old['processes']} process(es)"
-            if of_old != of_now:
-                raise InputError(
-                    f"{began}, which makes the {of_old} rows of an optimizer step {of_now} in task '{task.name}'; set "
-                    f"training.per_device_train_batch_size={now['batch']} and "
-                    f"training.gradient_accumulation_steps={now['accumulation']} so that their product times the "
-                    f"processes is {of_old} again, or {as_before}"
-                )
-            why = None
-            methods = MethodList(copy.deepcopy(self._method_specs))
-            at_once = [step["processes"] * step["batch"] for step in (old, now)]
-            config = self._option(task, "accelerator_config")
-            split = config.get("split_batches") if isinstance(config, Mapping) else getattr(config, "split_batches", 0)
-            own_rows = [
-                m.name
-                for m in methods
-                if any(
-                    getattr(type(m), hook) is not getattr(ContinualMethod, hook)
-                    for hook in ("train_dataset", "training_phase")
-                )
-            ]
-            order = str(self._option(task, "train_sampling_strategy", "random"))
-            if task.is_text:
-                why = "the texts are cut into rows, whose number may be no multiple of those that the processes take"
-            elif own_rows:
-                why = f"method '{own_rows[0]}' spreads its stored rows over the processes"
-            elif order not in ("random", "sequential"):
-                why = f"training.train_sampling_strategy='{order}' groups the rows by process"
-            elif split or isinstance(config, str):
-                why = f"training.accelerator_config={config} splits batches between the processes"
-            elif any(len(task.train_dataset) % rows for rows in at_once):
-                why = (
-                    f"the {len(task.train_dataset)} rows of task '{task.name}' are no multiple of "
-                    f"{' and '.join(map(str, at_once))}, the rows that the processes take at once"
-                )
-            if why is not None:
-                raise InputError(f"{began}, where some steps would see other rows: {why}; {as_before}")
+        """A training argument, of a task where it has its own."""
+        return {**self._plain_args(), **(task.training if task is not None else {})}.get(name, default)
 
     # -- one task ----------------------------------------------------------------------------------------------------
 
@@ -827,7 +628,7 @@ class TaskQueue:
         start = BEFORE_ANY_TASK if self.independent else task.index - 1
         train_dataset = self._tokenized(task, is_seq2seq(self.model.after(start)))
         model = self.model.take(start)
-        methods = MethodList(copy.deepcopy(self._method_specs))
+        methods = self._new_methods()
         if task.index > 0 and not self.independent:
             methods.load(self.directory.task_folder(self.learnt_tasks[task.index - 1]) / "methods")
         seq2seq = is_seq2seq(model)
@@ -876,7 +677,7 @@ class TaskQueue:
             )
         collator, own = pretraining.collator_of(task, tokenizer, model, self._data.mlm_probability, args.seed)
         kwargs: dict[str, Any] = {"data_collator": collator, **self._trainer_kwargs}
-        own += [self._stop, CheckpointSizes(), self._general.log]
+        own += [self._stop, CheckpointSizes(), self._scoring.general.log]
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), *own]
         trainer = trainer_class(
             model=model,
@@ -888,7 +689,7 @@ class TaskQueue:
             **kwargs,
         )
         self._stop.trainer = trainer
-        self._general.log.attach(trainer)
+        self._scoring.general.log.attach(trainer)
         trainer.seeds_per_task = True
         return trainer
 
@@ -974,146 +775,7 @@ class TaskQueue:
             )
         return tokens
 
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    def _wanted_cells(self, learnt: int) -> Iterator[tuple[int, Task]]:
-        if self._evaluation.base_model:
-            yield from ((-1, task) for task in self.stream)
-        if self.independent:
-            yield from enumerate(self.stream[:learnt])
-            return
-        for index in range(learnt):
-            seen = len(self.stream) if self.joint or self._evaluation.unseen else index + 1
-            yield from ((index, task) for task in self.stream[:seen])
-
-    def _missing_cells(self, learnt: int) -> list[tuple[int, Task]]:
-        tasks = self.learnt_tasks
-        return [
-            (i, task)
-            for i, task in self._wanted_cells(learnt)
-            if not self.directory.has_cell(tasks[i] if i >= 0 else None, task)
-        ]
-
-    def _cells_to_score(self, learnt: int) -> list[tuple[int, Task]]:
-        """The missing cells, as rank 0 sees them; first those of the model that it has in memory."""
-        in_memory = self.model.at
-
-        def missing() -> list[tuple[int, int]]:
-            cells = sorted(self._missing_cells(learnt), key=lambda c: (c[0] != in_memory, c[0], c[1].index))
-            return [(index, task.index) for index, task in cells]
-
-        return [(index, self.stream[j]) for index, j in self._on_main(missing)]
-
-    def _evaluate_missing(self, learnt: int) -> None:
-        """Score; the ranks share the batches.
-
-        DeepSpeed's and FSDP2's models were left at the commit, and `after` loads it on every rank. So `generate` runs
-        without an engine, which would have to collect the weights for every token, and the scores are those of the
-        files that are kept, whatever trained them.
-        """
-        tasks = self.learnt_tasks
-        args = self._args if isinstance(self._args, Mapping) else vars(self._args)
-        for index, task in self._cells_to_score(learnt):
-            model = self.model.after(index).to(training_device(bool(args.get("use_cpu"))))
-            after = tasks[index] if index >= 0 else None
-            name = after.name if after is not None else "no task"
-            key = self._on_main(lambda: self.directory.model_key(after))  # noqa: B023 - called at once
-            log = self.directory.answers(after, task, key, self.processes.rank)
-            cell = evaluate_task(
-                model,
-                self.model.tokenizer,
-                task,
-                self._evaluation,
-                max_prompt_length=self._data.max_prompt_length,
-                description=f"after {name}: scoring {task.name}",
-                autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
-                ranks=self.processes,
-                log=log,
-                packing=self._packing(task) if task.is_text else None,
-            )
-            if task.end_task is not None:
-                cell = self._score_end_task(index, task, cell, f"after {name}: end task of {task.name}")
-            self._on_main(lambda: self.directory.write_cell(after, task, cell))  # noqa: B023 - called at once
-            log.drop()
-            self._say(f"after {name}: {task.name} {cell.metric} = {shown(cell.metric, cell.score)} (n={cell.n})")
-            if self._stop.agreed():
-                raise Interrupted(f"stopped while scoring after {name}")
-        self._measure_general(learnt)
-
-    def _score_end_task(self, index: int, task: Task, cell: Any, title: str) -> Any:
-        """The cell of a task's end task, fine-tuned from the commit: the model in memory stays as it is."""
-        args = self._plain_args()
-        return score_end_task(
-            self.model.load(index).to(training_device(bool(args.get("use_cpu")))),
-            self.model.tokenizer,
-            task.end_task,
-            self._evaluation,
-            args,
-            max_prompt_length=self._data.max_prompt_length,
-            max_completion_length=self._data.max_completion_length,
-            perplexity=cell,
-            description=title,
-            autocast_dtype=torch.bfloat16 if args.get("bf16") else None,
-            ranks=self.processes,
-        )
-
-    def _general_to_measure(self, learnt: int) -> list[tuple[int, str]]:
-        """(task index, probe) of what is missing; first those of the model in memory."""
-        tasks, in_memory = self.learnt_tasks, self.model.at
-
-        def missing() -> list[tuple[int, str]]:
-            found = self._general.missing(self.directory, tasks[:learnt], last=len(tasks) - 1)
-            return sorted(found, key=lambda m: (m[0] != in_memory, m[0]))
-
-        return [(index, probe) for index, probe in self._on_main(missing)]
-
-    def _measure_general(self, learnt: int) -> None:
-        for index, probe in self._general_to_measure(learnt):
-            model = self.model.after(index).to(training_device(bool(self._option(None, "use_cpu"))))
-            after = self.learnt_tasks[index] if index >= 0 else None
-            dtype = torch.bfloat16 if self._option(None, "bf16") else None
-            with self._clear_errors():
-                line = self._general.measure(
-                    probe, after, model, self.model.tokenizer, dtype, self.directory, self.processes
-                )
-            self._say(line)
-            if self._stop.agreed():
-                raise Interrupted("stopped while measuring general ability")
-
     # -- signals and errors ------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """First SIGINT or SIGTERM: stop at the next step with a checkpoint. Second: at once.
-
-        One process alone stops its scoring at once. Several finish the cell, so that all of them stop together.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: Any) -> None:
-            trainer = self._stop.trainer
-            if self._stop.stop or (trainer is None and self.processes.world_size == 1):
-                raise KeyboardInterrupt
-            self._stop.stop = True
-            where = "stopping, the phase after the merge is done again"  # it has no checkpoints
-            if trainer is None:
-                where = "stopping after this step or score"
-            elif trainer._phase is None:
-                where = "saving a checkpoint at the end of this step"
-            self._say(f"\ninterrupted: {where} (once more to stop at once)")
-
-        self._stop.stop = False
-        before = {number: signal.signal(number, handle) for number in STOPPING}
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            raise Interrupted("stopped; the last checkpoint and every learnt task are kept") from error
-        finally:
-            self._stop.trainer = None
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -1140,44 +802,6 @@ class TaskQueue:
                     "change its permissions, or use another run directory"
                 ) from error
             raise
-
-
-def _learn_one_task(sender: Any, threads: int, options: dict[str, Any]) -> None:
-    """What `isolate_tasks` runs in a process of its own."""
-    os.setsid()  # SIGINT of the terminal comes through the parent, once
-    torch.set_num_threads(threads)  # sums are split by threads, so another number gives other last digits
-    try:
-        sender.send({"finished": TaskQueue(**options)._run(one_task=True)})
-    except InputError as error:
-        sender.send({"error": str(error)})
-    except ForgettingLimit as error:
-        sender.send({"forgotten": str(error)})
-    except Interrupted as error:
-        sender.send({"interrupted": str(error)})
-
-
-@contextmanager
-def _forwarding_signals(child: Any) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def forward(number: int, frame: Any) -> None:
-        os.kill(child.pid, number)
-
-    before = {number: signal.signal(number, forward) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _without_batches(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    training = recipe.get("training")
-    if not isinstance(training, Mapping):
-        return dict(recipe)
-    return {**recipe, "training": {key: value for key, value in training.items() if key not in BATCHES}}
 
 
 def _concatenate(parts: Sequence[Any]) -> Any:

@@ -10,18 +10,18 @@ import torch
 import yaml
 from toy_runs import KINDS, assert_same, make_queue, save_model, snapshot, write_recipe, write_rows
 
-from hf_continual import InputError, TaskQueue, gate, metrics, recipes, run_state, task_queue
+from hf_continual import InputError, TaskQueue, gate, metrics, queue_evaluation, recipes, run_state, task_queue
 from hf_continual.cli import main
 from hf_continual.errors import ForgettingLimit, Interrupted
 from hf_continual.gate import GateConfig, gate_section, judge, loss_of, make_gate
+from hf_continual.methods.ewc import EWC
 from hf_continual.run_scores import load_run
 from hf_continual.run_state import RunDirectory
 from hf_continual.testing import toy_queue_options, toy_stream
 from hf_continual.trainer import ContinualMixin
 
-LEVEL = os.environ.get(
-    "HF_CONTINUAL_DISTRIBUTED", ""
-)  # of `make test-distributed`: each start of a launcher takes long
+LEVEL = os.environ.get("HF_CONTINUAL_DISTRIBUTED", "")
+"""Of `make test-distributed`: each start of a launcher takes long."""
 
 
 class Killed(BaseException):
@@ -124,7 +124,7 @@ BAD = {("toy0", "toy0"): 0.75, ("toy1", "toy0"): 0.25, ("toy2", "toy0"): 0.75}
 @pytest.fixture
 def scores(monkeypatch):
     """Scores by (after task, task): a number, or a list of which each scoring takes the next and the last stays."""
-    table, original = {}, task_queue.evaluate_task
+    table, original = {}, queue_evaluation.evaluate_task
 
     def scripted(model, tokenizer, task, config, *, description="", **kwargs):
         cell = original(model, tokenizer, task, config, description=description, **kwargs)
@@ -135,7 +135,7 @@ def scores(monkeypatch):
         cell.score = value
         return cell
 
-    monkeypatch.setattr(task_queue, "evaluate_task", scripted)
+    monkeypatch.setattr(queue_evaluation, "evaluate_task", scripted)
     return table
 
 
@@ -401,6 +401,26 @@ def test_rehearsed_until_it_is_good(scores, tmp_path, kind, capsys):
     queue_with(tmp_path / "plain", kind, ("toy0", "toy1")).run()
     assert_same_weights(first, tmp_path / "plain" / "tasks/01-toy1")
     assert not (run / "work").exists()
+
+
+def test_ewc_holds_to_the_rehearsed_weights(scores, tmp_path):
+    """The next task's penalty would else pull the weights back to where the gate found them wanting."""
+    scores |= fresh(MENDED)
+    run = tmp_path / "run"
+    queue_with(run, names=("toy0", "toy1"), methods=["ewc", "replay"], gate=REHEARSE).run()
+    task, first = run / "tasks/01-toy1", run / "rehearsal/01-toy1/before-1"
+    states = {}
+    for folder in (task, first):
+        states[folder] = EWC()
+        states[folder].load(folder / "methods")
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights_of(folder).items()}
+        own = {name: weights[name.removeprefix("base_model.model.").replace(".default", "")]
+               for name in states[folder].centre_}  # fmt: skip
+        assert own and (folder != task or all(torch.equal(own[n], c) for n, c in states[task].centre_.items()))
+    assert set(states[task].constant_.values()) == {0.0} != set(states[first].constant_.values())
+    assert all(torch.equal(f, states[first].precision_[n]) for n, f in states[task].precision_.items())
+    kept = [sorted(p.name for p in (folder / "methods").iterdir()) for folder in (task, first)]
+    assert kept[0] == kept[1] and any("replay" in name for name in kept[0])
 
 
 def assert_same_weights(a, b):

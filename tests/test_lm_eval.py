@@ -10,7 +10,7 @@ import yaml
 from toy_runs import assert_same, make_queue, save_model, snapshot, write_recipe
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_continual import TaskQueue, task_queue
+from hf_continual import TaskQueue, queue_evaluation
 from hf_continual.cli import main
 from hf_continual.errors import InputError
 from hf_continual.evaluation import EvaluationConfig
@@ -154,14 +154,14 @@ def test_a_longer_stream_is_measured_at_its_new_end(folder, tmp_path):
 
 
 def test_a_rejected_last_task_makes_the_one_before_the_last(folder, tmp_path, monkeypatch):
-    original = task_queue.evaluate_task
+    original = queue_evaluation.evaluate_task
 
     def scripted(*args, description="", **kwargs):
         cell = original(*args, description=description, **kwargs)
         cell.score = 0.1 if description == "after toy1: scoring toy0" else 0.9
         return cell
 
-    monkeypatch.setattr(task_queue, "evaluate_task", scripted)
+    monkeypatch.setattr(queue_evaluation, "evaluate_task", scripted)
     own = {"tasks": ["toy_colours"], "include_path": str(folder), "limit": 3}
     options = toy_queue_options(num_train_epochs=1)
     options["evaluation"] |= {"lm_eval": own, "general": True}

@@ -11,7 +11,7 @@ adapters begins a task before the others):
 and of one task:
 
     on_task_begin -> train_dataset -> data_collator -> task_context around the training
-        -> merge -> training_phase -> on_task_end
+        -> merge -> training_phase -> on_task_end -> on_rehearsed, if the queue's forgetting gate rehearses
 """
 
 from __future__ import annotations
@@ -232,6 +232,12 @@ class ContinualMethod(Generic[ConfigT]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         """After everything: fill the buffer, compute the Fisher information, keep the teacher."""
+
+    def on_rehearsed(self, model: nn.Module) -> None:
+        """After the forgetting gate has trained the model on rows of all tasks so far: state that holds its weights.
+
+        `model` is unwrapped. Only called where overridden, and on every rank.
+        """
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -140,6 +140,13 @@ class EWC(ContinualMethod[EWCConfig]):
         penalty = quadratic(weights, precision, centre) + self._constant
         return {"ewc/penalty": self.config.ewc_lambda / 2 * penalty}
 
+    def on_rehearsed(self, model: nn.Module) -> None:
+        """The weights now are those that earlier tasks are good with: they are held to these, no cost accrued."""
+        for name, p in trainable_parameters(model).items():
+            if name in self.centre_:
+                self.centre_[name] = p.detach().float().clone()
+                self.constant_[name] = 0.0
+
     # -- Fisher information ------------------------------------------------------------------------------------------
 
     @torch.no_grad()

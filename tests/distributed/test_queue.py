@@ -19,6 +19,7 @@ from transformers import RobertaForMaskedLM, set_seed
 from hf_continual import InputError, TaskQueue
 from hf_continual.checkpoints import usable_checkpoint
 from hf_continual.errors import Interrupted
+from hf_continual.same_run import check_other_processes
 from hf_continual.testing import backend_options, close, tiny_model, toy_queue_options, toy_stream
 
 pytestmark = pytest.mark.distributed
@@ -412,8 +413,8 @@ def test_other_processes_with_rows_that_do_not_divide_alike(methods, rows, train
     queue = TaskQueue(tmp_path / "run", tasks=toy_stream(2, rows=rows, eval_rows=6), methods=methods, **options)
     step = {"processes": 2, "batch": 2, "accumulation": 1}
     with pytest.raises(InputError, match=rf"2 process\(es\) and would go on with 1 process\(es\), where .*{why}"):
-        queue._check_other_processes({"tasks": [{"step": step}] * 2, "world_size": 2})
-    queue._check_other_processes({"tasks": [{"step": {**step, "processes": 1}}] * 2, "world_size": 2})
+        check_other_processes(queue, {"tasks": [{"step": step}] * 2, "world_size": 2})
+    check_other_processes(queue, {"tasks": [{"step": {**step, "processes": 1}}] * 2, "world_size": 2})
 
 
 # -- one rank alone is in trouble --------------------------------------------------------------------------------------
@@ -452,16 +453,16 @@ def evaluation_fails_on_one():
 
 
 def scorer_fails_on_one():
-    from hf_continual import task_queue
+    from hf_continual import queue_evaluation
 
-    original = task_queue.evaluate_task
+    original = queue_evaluation.evaluate_task
 
     def failing(*args, **kwargs):
         original(*args, **kwargs)  # both ranks answer
         if os.environ["RANK"] == "0":
             raise ZeroDivisionError("a scorer")
 
-    task_queue.evaluate_task = failing
+    queue_evaluation.evaluate_task = failing
 
 
 def nan_on_one():

@@ -10,6 +10,7 @@ import torch
 from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_continual.queue_evaluation import QueueEvaluation
 from hf_continual.task_queue import TaskQueue
 from hf_continual.testing import backend_options, hook_count, toy_queue_options, toy_stream, toy_tokenizer
 from hf_continual.trainer import ContinualTrainer
@@ -55,15 +56,15 @@ def held(model):
 def learn_many(rank, folder, model, backend, lora, method, tasks):
     """A queue that writes down what is held after each task, and scores the newest task alone."""
     found = []
-    evaluate = TaskQueue._evaluate_missing
+    evaluate = QueueEvaluation.score_missing
 
     def measured(self, learnt):
         evaluate(self, learnt)
         if learnt:
-            found.append(held(self.model.after(learnt - 1)))
+            found.append(held(self.queue.model.after(learnt - 1)))
 
-    TaskQueue._evaluate_missing = measured
-    TaskQueue._wanted_cells = lambda self, learnt: ((i, self.stream[i]) for i in range(learnt))
+    QueueEvaluation.score_missing = measured
+    QueueEvaluation.wanted_cells = lambda self, learnt: ((i, self.queue.stream[i]) for i in range(learnt))
     options = toy_queue_options(
         lora=lora, per_device_train_batch_size=2, num_train_epochs=1, save_strategy="no", logging_strategy="no",
         **backend_options(backend),
