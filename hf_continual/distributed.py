@@ -744,6 +744,7 @@ class GradientSeam:
         self._snapshot: list[_Frozen] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._engine_step: tuple[Any, Any] | None = None
+        self._left_over: Tensor | None = None
 
     def attach(self, optimizer: Any, engine: Any = None) -> None:
         """`engine`: the wrapped model, which under DeepSpeed is what steps."""
@@ -764,9 +765,13 @@ class GradientSeam:
         step = engine.step
 
         def step_after_hook(*args: Any, **kwargs: Any) -> Any:
-            if engine.is_gradient_accumulation_boundary():
+            last = engine.is_gradient_accumulation_boundary()
+            if last:
                 self._open()
-            return step(*args, **kwargs)
+            result = step(*args, **kwargs)
+            if last:
+                self._left_over = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+            return result
 
         engine.step = step_after_hook  # on this instance alone
         self._engine_step = (engine, step)
@@ -778,8 +783,18 @@ class GradientSeam:
         self._handles = []
         if self._engine_step is not None:
             del self._engine_step[0].step
-            self._engine_step = None
+            self._engine_step = self._left_over = None
         self.grads._applied.clear()
+
+    def before_micro_batch(self) -> None:
+        """The Trainer calls this at the start of every `training_step`.
+
+        ZeRO-3 (DeepSpeed 0.19) overwrites the gradients of the last step only where this one has any: of a parameter
+        that no row uses now it would apply the old one again, and add to it in the second micro-batch.
+        """
+        if self._left_over is not None:
+            self._left_over.zero_()
+            self._left_over = None
 
     def after_backward(self, last_micro_batch: bool) -> None:
         """The Trainer calls this at the end of every `training_step`."""

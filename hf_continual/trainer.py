@@ -375,6 +375,8 @@ class ContinualMixin(_Parent):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self._forward_seen = False
+        if self._seam is not None:
+            self._seam.before_micro_batch()
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self._compile_watch is not None:
             self._compile_watch.after_step()

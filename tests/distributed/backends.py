@@ -6,7 +6,8 @@ import sys
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, set_seed
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_continual.distributed import assign_, full, release_engine
 from hf_continual.lora import LoraView
@@ -15,11 +16,51 @@ from hf_continual.testing import VOCABULARY, backend_options, tiny_model, toy_ro
 from hf_continual.trainer import ContinualSeq2SeqTrainer, ContinualTrainer
 from hf_continual.training_args import ContinualSeq2SeqTrainingArguments, ContinualTrainingArguments
 
-BLOCKS = {"llama": "LlamaDecoderLayer", "t5": "T5Block", "bert": "BertLayer", "gpt2": "GPT2Block"}
+BLOCKS = {
+    "llama": "LlamaDecoderLayer",
+    "sometimes": "LlamaDecoderLayer",
+    "t5": "T5Block",
+    "bert": "BertLayer",
+    "gpt2": "GPT2Block",
+}
+
+
+class SometimesScaled(LlamaForCausalLM):
+    """Llama with a layer that only some micro-batches use: those of which `used`, repeated, says so."""
+
+    used = (True,)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Linear(config.hidden_size, 3)
+        self.calls = 0
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        micro_batch = self.calls * int(os.environ.get("WORLD_SIZE", "1")) // 2  # one process has those of both ranks
+        self.calls += 1
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.used[micro_batch % len(self.used)]:
+            hidden = hidden * (1 + self.scale(hidden).sum(-1, keepdim=True))
+        logits = self.lm_head(hidden)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def learn_sometimes(rank, folder, backend, accumulation, used):
+    SometimesScaled.used = used
+    learn_and_save(rank, folder, backend, ["migu"], False, accumulation, 2, {"kind": "sometimes", **PLAIN_STEPS})
+
+
+PLAIN_STEPS = {"optim": "sgd", "max_grad_norm": 0, "ddp_find_unused_parameters": True}
+"""SGD alone takes no gradient and one of zeros, as DeepSpeed has it, for the same."""
 
 
 def make_model(kind, lora):
     """As `tiny_model`; also GPT-2, whose layers hold their weights transposed and whose embeddings are tied."""
+    if kind == "sometimes":
+        set_seed(0)
+        return SometimesScaled(tiny_model().config)
     if kind != "gpt2":
         return tiny_model(kind, lora=lora)
     set_seed(0)
@@ -30,7 +71,7 @@ def make_model(kind, lora):
 
 
 def make_args(backend, folder, kind="llama", **options):
-    defaults = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "ddp_find_unused_parameters": False}
+    defaults = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "ddp_find_unused_parameters": False}
     known = backend_options(backend)
     if backend == "fsdp2":
         known["fsdp_config"]["transformer_layer_cls_to_wrap"] = [BLOCKS[kind]]
@@ -38,7 +79,7 @@ def make_args(backend, folder, kind="llama", **options):
     args = args_class(
         output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
-        dataloader_pin_memory=False, train_sampling_strategy="sequential", optim="adamw_torch",
+        dataloader_pin_memory=False, train_sampling_strategy="sequential",
         **{**defaults, **known, **options},
     )  # fmt: skip
     if backend == "fsdp2" and use_cpu():
@@ -82,7 +123,7 @@ def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32
             gradient_accumulation_steps=accumulation, **options,
         )  # fmt: skip
         trainer_class = ContinualSeq2SeqTrainer if kind == "t5" else ContinualTrainer
-        rows = toy_rows("llama" if kind == "gpt2" else kind, seed=index)
+        rows = toy_rows("llama" if kind in ("gpt2", "sometimes") else kind, seed=index)
         trainer = trainer_class(model=model, args=args, train_dataset=rows, methods=methods)
         trainer.train()
         expected = "ddp" if backend == "ddp" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else backend

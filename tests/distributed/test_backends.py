@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import learn, learn_and_save, learn_in_fp16
+from backends import PLAIN_STEPS, SometimesScaled, learn, learn_and_save, learn_in_fp16, learn_sometimes
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -173,6 +173,17 @@ def test_other_models_equal_one_process(kind, backend, stream, lora, accumulatio
 def test_decay_groups_and_no_clipping_equal_one_process(backend, options, tmp_path):
     run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, [MIGU], False, 1, 2, options)
     expected = learn("single", [MIGU], False, 2, 2, tmp_path / "one", **options)
+    assert close(expected, load_file(str(tmp_path / "0.safetensors")), 4e-5 if backend == "zero3" else 1e-5)
+
+
+@pytest.mark.parametrize(("accumulation", "used"), [(1, (True, False)), (2, (False, True, False, False))])
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"] if LEVEL else ["zero3"])
+def test_a_layer_that_some_steps_do_not_use(backend, accumulation, used, tmp_path, monkeypatch):
+    """DeepSpeed at ZeRO-3 would apply its last gradient again."""
+    run_ranks(learn_sometimes, 2, tmp_path, tmp_path, backend, accumulation, used)
+    monkeypatch.setattr(SometimesScaled, "used", used)
+    options = {"kind": "sometimes", **PLAIN_STEPS}
+    expected = learn("single", ["migu"], False, accumulation * 2, 2, tmp_path / "one", **options)
     assert close(expected, load_file(str(tmp_path / "0.safetensors")), 4e-5 if backend == "zero3" else 1e-5)
 
 
