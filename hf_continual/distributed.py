@@ -39,6 +39,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .deepspeed_config import check_optimizer
 from .errors import InputError
 
 BACKENDS = ("single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
@@ -979,6 +980,8 @@ def check_launch(args: Any, distributed: Distributed) -> None:
             f"training.deepspeed is given and the backend is '{distributed.backend}'; unset ACCELERATE_USE_CPU (which "
             "`accelerate launch --cpu` sets) and use use_cpu=True, and make the training arguments before the Trainer"
         )
+    if distributed.backend.startswith("zero") and distributed.accelerator is not None:
+        check_optimizer(distributed.accelerator.state.deepspeed_plugin.deepspeed_config, vars(args))
     if getattr(args, "fsdp", None) and not distributed.backend.startswith("fsdp"):
         raise InputError(
             f"training.fsdp={args.fsdp!r} is given and the backend is '{distributed.backend}': accelerate turns FSDP "

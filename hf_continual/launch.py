@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import importlib.resources
@@ -28,6 +29,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from .deepspeed_config import agree, check_config, need_deepspeed, read_config
 from .errors import InputError, did_you_mean
 from .recipes import SECTIONS, apply_overrides
 from .recipes import _overlay as overlaid
@@ -136,9 +138,20 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             if i == len(words):
                 raise InputError(f"command line: --{key} has no value; write --{key} value")
             value = words[i]
+        _check_value(options[name], key, value)
         launcher += [f"--{name}", value]
         i += 1
     return launcher, overrides
+
+
+def _check_value(action: argparse.Action, key: str, value: str) -> None:
+    """Refuse a value that accelerate would answer with its whole usage, or start nothing by."""
+    try:
+        number = action.type(value) if callable(action.type) else None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--{key}={value}: accelerate launch cannot read this value; see its --help") from error
+    if action.dest in ("num_processes", "num_machines") and isinstance(number, int) and number < 1:
+        raise InputError(f"--{key}={value} must be a whole number, at least 1")
 
 
 def refuse_flags(launcher: Sequence[str]) -> None:
@@ -175,19 +188,29 @@ def launch_command(
             f"--accelerate_config {config}: accelerate starts one process on the CPU; use the preset ddp with "
             "--num_processes N --training.use_cpu true, which starts N without a GPU"
         )
-    if (kind == "FSDP" or "use_fsdp" in given) and gpus == 0:
+    fsdp = kind == "FSDP" or "use_fsdp" in given
+    flag = launcher[launcher.index("--fsdp_version") + 1] if "fsdp_version" in given else None
+    version = flag or (settings.get("fsdp_config") or {}).get("fsdp_version", 1)
+    if fsdp and str(version) != "2":
+        raise InputError(
+            f"--accelerate_config {config}: it starts FSDP1 (fsdp_version {version}), which is not supported; use the "
+            "preset fsdp2, or set fsdp_version: 2"
+        )
+    if fsdp and gpus == 0:
         raise InputError(
             f"--accelerate_config {config}: FSDP needs a GPU and this machine has none; use ddp, zero1, zero2 or zero3"
         )
     if kind == "DEEPSPEED" or "use_deepspeed" in given:
-        _need_deepspeed(f"--accelerate_config {config}")
+        need_deepspeed(f"--accelerate_config {config}")
     extra: list[str] = []
     if "num_processes" not in given and settings.get("num_processes") is None:
         if "num_machines" in given or config == "multi_node":
             raise InputError("--num_processes is missing; give the number of processes of all machines together")
         if gpus == 0:
             raise InputError("--num_processes is missing and this machine has no GPUs to count; give it, for example 2")
-        extra = ["--num_processes", str(gpus)]
+        chosen = launcher[launcher.index("--gpu_ids") + 1] if "gpu_ids" in given else settings.get("gpu_ids")
+        some = [] if chosen in (None, "all") else str(chosen).split(",")
+        extra = ["--num_processes", str(len(some) or gpus)]
     if config == "multi_node":
         for flag in NODE_FLAGS:
             if flag not in given:
@@ -214,7 +237,7 @@ def _launch_once(command: Sequence[str]) -> tuple[int, bool]:
         environment = {**os.environ, STATUS: folder}
         # A session of its own: Ctrl-C reaches this process alone, which passes it on once. A second SIGINT to a worker
         # means "at once", and torchrun would kill it in the middle of its checkpoint.
-        child = subprocess.Popen(list(command), env=environment, start_new_session=True)
+        child = subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=end_with_parent)
         with _forward_signals(child, Path(folder)):
             code = child.wait()
         ends = _ends(Path(folder))
@@ -261,9 +284,19 @@ def _forward_signals(child: subprocess.Popen[bytes], folder: Path) -> Iterator[N
 # -- in a worker -----------------------------------------------------------------------------------------------------
 
 
+def end_with_parent() -> None:
+    """Linux: SIGTERM to this process when the one that started it is gone, which a killed one cannot send itself.
+
+    A launcher passes it on to its workers, and these save a checkpoint. Else they would train on in the run directory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def register_worker(environment: Mapping[str, str] = os.environ) -> None:
-    """Leave this worker's process id for the command that started it."""
+    """Leave this worker's process id for the command that started it, and end when the launcher is gone."""
     if environment.get(STATUS):
+        end_with_parent()
         _write(Path(environment[STATUS]) / f"{environment.get('RANK', '0')}.pid", str(os.getpid()))
 
 
@@ -373,7 +406,7 @@ def check_launch(
 
     uses_deepspeed, uses_fsdp = on("ACCELERATE_USE_DEEPSPEED"), on("ACCELERATE_USE_FSDP")
     if training["deepspeed"]:
-        _need_deepspeed("training.deepspeed is given")
+        need_deepspeed("training.deepspeed is given")
     precision = environment.get("ACCELERATE_MIXED_PRECISION")  # only accelerate launch sets it
     if training["deepspeed"] and uses_deepspeed:
         raise InputError(
@@ -391,6 +424,11 @@ def check_launch(
         raise InputError(
             f"training.fsdp={training['fsdp']!r} and the launcher brings DeepSpeed; remove training.fsdp, or use "
             "--accelerate_config fsdp2"
+        )
+    if training["fsdp"] and world == 1 and "WORLD_SIZE" not in environment and not uses_fsdp:
+        raise InputError(
+            f"training.fsdp={training['fsdp']!r} and no launcher started this process, so nothing would be sharded; "
+            "use --accelerate_config fsdp2 instead, or torchrun"
         )
     if uses_fsdp and environment.get("FSDP_VERSION", "1") != "2":
         raise InputError("the launcher starts FSDP1, which is not supported; use --accelerate_config fsdp2")
@@ -410,74 +448,7 @@ def check_launch(
             ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps"),
             ("ACCELERATE_GRADIENT_CLIPPING", "max_grad_norm"),
         ):
-            _agree(environment.get(variable, "auto"), training[option], f"the launcher's {variable}", option)
+            agree(environment.get(variable, "auto"), training[option], f"the launcher's {variable}", option)
     source = training["deepspeed"] or (uses_deepspeed and environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
     if source and source != "none":
-        _check_deepspeed(_read_deepspeed(source, base_dir), training)
-
-
-def _need_deepspeed(asked: str) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(f"{asked}: DeepSpeed is not installed; run `pip install 'hf-continual[deepspeed]'`")
-
-
-def _read_deepspeed(source: Any, base_dir: Path | None) -> dict[str, Any]:
-    if isinstance(source, Mapping):
-        return dict(source)
-    path = Path(str(source))
-    if base_dir is not None and not path.is_file() and (base_dir / path).is_file():
-        path = base_dir / path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"DeepSpeed config {source}: it cannot be read ({error}); give a JSON file") from error
-    if not isinstance(config, dict):
-        raise InputError(f"DeepSpeed config {source}: it is no mapping; see DeepSpeed's configuration JSON")
-    return config
-
-
-def _check_deepspeed(config: Mapping[str, Any], training: Mapping[str, Any]) -> None:
-    where = "DeepSpeed's config: "
-    optimizer = config.get("optimizer")
-    if optimizer:
-        kind = str(optimizer.get("type", ""))
-        if kind.lower() != "adamw" or not str(getattr(training["optim"], "value", training["optim"])).startswith(
-            "adamw_torch"
-        ):
-            raise InputError(
-                f"{where}optimizer.type={kind!r} against training.optim={str(training['optim'])!r}, which DeepSpeed "
-                "would not use; remove `optimizer` from DeepSpeed's config"
-            )
-        options = optimizer.get("params") or {}
-        for theirs, ours in (("lr", "learning_rate"), ("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
-            if theirs in options:
-                _agree(options[theirs], training[ours], f"{where}optimizer.params.{theirs}", ours)
-    if training["max_grad_norm"] and config.get("gradient_clipping") is None:
-        raise InputError(
-            f"{where}gradient_clipping is missing, so DeepSpeed would not clip, against training.max_grad_norm="
-            f'{training["max_grad_norm"]}; set it to "auto"'
-        )
-    for theirs, ours in (
-        ("gradient_clipping", "max_grad_norm"),
-        ("gradient_accumulation_steps", "gradient_accumulation_steps"),
-        ("train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
-    ):
-        if config.get(theirs) is not None:
-            _agree(config[theirs], training[ours], where + theirs, ours)
-    for kind in ("bf16", "fp16"):
-        enabled = (config.get(kind) or {}).get("enabled", "auto")
-        if enabled != "auto" and bool(enabled) != bool(training[kind]):
-            raise InputError(
-                f'{where}{kind}.enabled={enabled} against training.{kind}={training[kind]}; set the first to "auto"'
-            )
-
-
-def _agree(theirs: Any, ours: Any, name: str, option: str) -> None:
-    if theirs == "auto":
-        return
-    try:
-        same = float(theirs) == float(ours)
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise InputError(f'{name}={theirs} against training.{option}={ours}; set the first to "auto" or to that value')
+        check_config(read_config(source, base_dir), training, world if "WORLD_SIZE" in environment else None)

@@ -21,6 +21,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from .collators import make_collator
 from .compilation import CompileReport, CompileWatch, check_compiled, forget_environment, is_compiled, take_off
+from .deepspeed_config import mismatches_as_input_errors
 from .distributed import (
     Distributed,
     GradientSeam,
@@ -156,7 +157,8 @@ class ContinualMixin(_Parent):
             take_off(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
             self._compile_watch = CompileWatch()
         if not self.methods:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+            with mismatches_as_input_errors():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
             self._check_finite()
             self._end_compiled()
             return output
@@ -202,7 +204,7 @@ class ContinualMixin(_Parent):
             if isinstance(self.train_dataset, InterleavedDataset):
                 self.data_collator = self.train_dataset.collator(self.data_collator)
             self._seam = GradientSeam(ctx.model, self.dist, lambda grads: self.methods.gradient_hooks(ctx, grads))
-            with self.methods.task_context(ctx):
+            with self.methods.task_context(ctx), mismatches_as_input_errors():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             self._check_finite()
         finally:

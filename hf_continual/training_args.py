@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import GenerationConfig, Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import InputError, did_you_mean
@@ -71,6 +72,10 @@ class ContinualArgumentsMixin:
         if isinstance(self.methods, (str, dict)):
             self.methods = [self.methods]
         self.methods = [_parse(spec) for spec in self.methods] if self.methods is not None else None
+        backend = getattr(self, "torch_compile_backend", None)
+        if backend is not None and str(backend).upper() not in DynamoBackend.list():
+            known = [name.lower() for name in DynamoBackend.list()]
+            raise InputError(f"torch_compile_backend={backend!r} is unknown{did_you_mean(str(backend), known)}")
         super().__post_init__()  # type: ignore[misc]
 
 
