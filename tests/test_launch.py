@@ -94,6 +94,9 @@ def test_options_are_those_of_accelerate():
         (["--num_processes"], "--num_processes has no value"),
         (["stray"], "'stray' belongs to no option"),
         (["--config_file", "x"], "use --accelerate_config FILE"),
+        (["--num_processes", "two"], "--num_processes=two: accelerate launch cannot read this value"),
+        (["--num-processes=0"], "--num-processes=0 must be a whole number, at least 1"),
+        (["--num_machines", "-1"], "--num_machines=-1 must be"),
     ],
 )
 def test_other_flags_are_refused(words, said):
@@ -119,8 +122,15 @@ def test_configurations_that_would_start_something_else(tmp_path):
     mine.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU", "num_processes": 3}))
     assert "--num_processes" not in launch_command(str(mine), [], "r", [], gpus=0)
     assert launch_command("ddp", [], "r", ["--seed", "1"], gpus=2)[5:7] == ["--num_processes", "2"]
+    for flags in (["--gpu_ids", "0,1"], []):
+        mine.write_text(yaml.safe_dump({"distributed_type": "MULTI_GPU", "gpu_ids": "all" if flags else "2,5"}))
+        assert launch_command(str(mine), flags, "r", [], gpus=8)[5:7] == ["--num_processes", "2"]
+    one = tmp_path / "fsdp1.yaml"
+    one.write_text(yaml.safe_dump({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}))
     mine.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 3}))
     cases = [
+        (str(one), ["--num_processes", "2"], "it starts FSDP1"),
+        ("ddp", ["--num_processes", "2", "--use_fsdp", "--fsdp_version", "1"], "it starts FSDP1"),
         (str(mine), [], "accelerate starts one process on the CPU"),
         ("ddp", ["--cpu"], "accelerate starts one process on the CPU"),
         ("fsdp2", ["--num_processes", "2"], "FSDP needs a GPU"),
@@ -146,6 +156,7 @@ def test_configurations_that_would_start_something_else(tmp_path):
         ({"deepspeed": {"gradient_clipping": "auto"}}, {"ACCELERATE_MIXED_PRECISION": "no"}, "starts no DeepSpeed"),
         ({}, {**DEEPSPEED, "ACCELERATE_USE_CPU": "true"}, "unset it"),
         ({"fsdp": True}, DEEPSPEED, "the launcher brings DeepSpeed"),
+        ({"fsdp": "full_shard"}, {}, "training.fsdp='full_shard' and no launcher started this process"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
         ({"use_cpu": True}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "needs GPUs"),
@@ -183,6 +194,8 @@ def test_launcher_and_recipe_disagree(training, environment, said):
         ({"train_micro_batch_size_per_gpu": 4}, {"per_device_train_batch_size": 4}, None),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True against training.bf16=False"),
         ({"bf16": {"enabled": "auto"}}, {}, None),
+        ({"zero_optimisation": {"stage": 3}}, {}, "ignores the key 'zero_optimisation'; did you mean 'zero_optimiz"),
+        ({"zero_allow_untested_optimizer": True, "elasticity": {}}, {}, None),
     ],
 )
 def test_deepspeed_config_and_recipe_disagree(tmp_path, config, training, said):
@@ -202,6 +215,35 @@ def test_deepspeed_config_and_recipe_disagree(tmp_path, config, training, said):
                 check_launch({"training": given}, environment, tmp_path)
     with pytest.raises(InputError, match="it cannot be read"):
         check_launch({"training": {"deepspeed": "absent.json"}}, {})
+
+
+def test_the_batch_of_a_deepspeed_config():
+    config = {"gradient_clipping": "auto", "train_batch_size": 64}
+    given = {"deepspeed": config, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    check_launch({"training": given}, {"WORLD_SIZE": "8"})
+    check_launch({"training": given}, {})  # before the processes are started
+    with pytest.raises(InputError, match="train_batch_size=64 against 4 x 2 x 2"):
+        check_launch({"training": given}, {"WORLD_SIZE": "2"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told of its parent's end")
+def test_a_killed_command_leaves_no_workers(tmp_path):
+    """A worker that trained on would write into the run directory that the next command opens."""
+    note = tmp_path / "pid"
+    worker = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    words = [sys.executable, "-c", worker]
+    own = subprocess.Popen([sys.executable, "-c", f"from hf_continual.launch import run_launched as r; r({words!r})"])
+    _wait_for(lambda: note.exists() and note.read_text())
+    own.kill()
+    own.wait()
+    _wait_for(lambda: not Path(f"/proc/{note.read_text()}").exists())
+
+
+def _wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_each_variant_is_checked_as_written(tmp_path):

@@ -23,7 +23,7 @@ from hf_continual.distributed import release_engine
 from hf_continual.launch import presets
 from hf_continual.lora import LoraView
 from hf_continual.merging import merge_adapters
-from hf_continual.testing import close, tiny_model, toy_rows
+from hf_continual.testing import backend_options, close, tiny_model, toy_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -186,6 +186,14 @@ BAD = {  # name: (training, other sections, variables of a launcher, what the se
         {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}}, {"methods": ["lwf"]}, {},
         "method 'lwf' does not support the 'zero3' backend, because the teacher",
     ),
+    "a schedule of DeepSpeed's against ours": (
+        {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2},
+                       "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}}, {}, {},
+        "scheduler.params.warmup_num_steps=5 vs hf warmup_steps=",
+    ),
+    "a compiler that does not exist": (
+        {"torch_compile": True, "torch_compile_backend": "inducter"}, {}, {}, "torch_compile_backend='inducter' is",
+    ),
     "no optimizer": (
         {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}, "adam_beta1": 1.5}, {"peft": None}, {},
         "makes no optimizer (Invalid beta parameter",
@@ -253,6 +261,10 @@ def _two_trainers(rank, folder):
 
     first = make("zero2")
     first.train()
+    config = {**backend_options("zero2")["deepspeed"], "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    other = make_args("zero2", folder / "other", per_device_train_batch_size=4, deepspeed=config, optim="sgd")
+    with pytest.raises(InputError, match="optimizer.type='AdamW' against training.optim='sgd'"):
+        ContinualTrainer(tiny_model(lora=True), other, train_dataset=toy_rows()).train()
     with pytest.raises(InputError, match="DeepSpeed is still on from an earlier Trainer"):
         make("ddp").train()
     release_engine(first)
