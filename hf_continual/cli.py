@@ -254,13 +254,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         own = {str(r.variant) for r in runs}
         runs += added
         if args.only:
-            wanted = args.only.split(",")
-            for name in wanted:
-                if name not in {str(r.variant) for r in runs}:
-                    raise InputError(
-                        f"--only {name}: the recipe has no such variant; it has "
-                        f"{', '.join(sorted({str(r.variant) for r in runs}))}"
-                    )
+            wanted = recipes.variants_named(args.only, runs)
             # With a variant come its control and the bounds, which were asked for by flags.
             chosen = {str(r.variant) for r in added if str(r.variant).removesuffix("+padded") in wanted}
             chosen |= {str(r.variant) for r in added if own & set(wanted) and "+padded" not in str(r.variant)}
@@ -279,7 +273,8 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
                 f"{t.name} ({len(t.train_dataset)} train, {len(t.eval_dataset)} eval)" for t in queue.stream
             )
             if main_process:
-                print(f"{run.run_dir}: {methods}, seed {run.seed}; tasks: {rows}")
+                variant = f"{run.variant}, " if run.variant else ""
+                print(f"{run.run_dir}: {variant}{methods}, seed {run.seed}; tasks: {rows}")
                 _print_stream(queue)
         if main_process:
             print(f"dry run: {len(runs)} run(s) resolved and checked, nothing trained")

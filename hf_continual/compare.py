@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from .bounds import BOUNDS, bounds_table, has_bounds
 from .errors import InputError, did_you_mean
-from .metrics import METRICS, MetricInfo
+from .metrics import CONVENTIONS, METRICS, MetricInfo
 from .run_scores import (
     RunScores,
     cited,
@@ -138,7 +138,7 @@ def compare_runs(
 
     Args:
         paths: run directories or folders of them.
-        metric: an id of `METRICS`.
+        metric: an id of `METRICS`, or AP, BWT, F, LA or FWT for the default ones.
         scorer: score the kept predictions with this one instead.
         against: the variant the others are compared with; default: the first.
         resamples: of the bootstrap over rows; 0 leaves it out.
@@ -146,6 +146,8 @@ def compare_runs(
     Raises:
         InputError: if runs differ in tasks, data or scorer, if a seed is there twice, or if nothing can be paired.
     """
+    short = {name.lower(): found for name, found in CONVENTIONS["default"].metrics.items()}
+    metric = short.get(metric.lower(), metric)
     if metric not in METRICS:
         raise InputError(f"--metric {metric}: it is unknown{did_you_mean(metric, METRICS)}")
     info = METRICS[metric]

@@ -21,7 +21,7 @@ from .data_sources import BUILDERS, EVAL_SPLITS, FORMAT_COLUMNS, FORMATS, ROLES,
 from .errors import InputError, did_you_mean
 from .scorers import SCORERS, Scorer
 from .scorers import get as get_scorer
-from .tasks import KINDS, TEXT_KINDS, EndTask, Task
+from .tasks import KINDS, TEXT_KINDS, EndTask, Task, refuse_twice
 
 TASK_KEYS = (
     "name",
@@ -309,6 +309,7 @@ def _check_values(spec: Mapping[str, Any]) -> None:
         for label in labels:
             if not isinstance(label, str):
                 raise InputError(f"labels: {label!r} is not a string; put it in quotes")
+        refuse_twice(labels)
     extra = spec.get("extra_answers")
     if extra is not None:
         if not isinstance(extra, list | tuple) or not all(isinstance(answer, str) for answer in extra):

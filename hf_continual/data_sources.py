@@ -355,6 +355,12 @@ def read_json(path: Path) -> Any:
             if isinstance(content, Mapping) and "Instances" in content:
                 return content
             if isinstance(content, Mapping):
+                wrapped = [key for key, value in content.items() if isinstance(value, list) and value
+                           and all(isinstance(row, Mapping) for row in value)]  # fmt: skip
+                if len(content) == 1 and wrapped and wrapped[0] != "messages":
+                    raise InputError(
+                        f"path: '{path}' is an object whose '{wrapped[0]}' holds the rows; write the list alone"
+                    )
                 content = [content]
             if not isinstance(content, list):
                 raise InputError(f"path: '{path}' holds a {type(content).__name__}; write a list of rows")

@@ -49,11 +49,8 @@ def estimate_command(
     path = recipes.find_recipe(str(recipe))
     runs = recipes.expand(recipes.load_recipe(path), path.parent.resolve(), overrides)
     if only:
-        known = {str(run.variant) for run in runs}
-        for name in only.split(","):
-            if name not in known:
-                raise InputError(f"--only {name}: the recipe has no such variant; it has {', '.join(sorted(known))}")
-        runs = [run for run in runs if str(run.variant) in only.split(",")]
+        wanted = recipes.variants_named(only, runs)
+        runs = [run for run in runs if str(run.variant) in wanted]
     kinds: dict[str, Any] = {}
     for run in runs:
         key = json.dumps([run.variant, {k: v for k, v in run.recipe.items() if k != "seed"}], default=str)

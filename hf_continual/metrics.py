@@ -343,7 +343,7 @@ METRICS: dict[str, MetricInfo] = {
         MetricInfo(
             "forgetting/all_rows",
             "(1/(T-1)) sum_{j<T-1} (max_{0<=i<=T-2} R[i, j] - R[T-1, j])",
-            "Chaudhry et al. 2018 (Riemannian Walk), Eq. 3 as written; F.Ra as SAPT writes it",
+            "Chaudhry et al. 2018 (Riemannian Walk), Eq. 3 as written",
             partial(forgetting, variant="all_rows"),
             differs="the best score may be from before the task was learned",
             lower_is_better=True,
@@ -427,8 +427,8 @@ CONVENTIONS: dict[str, Convention] = {
         Convention(
             "sapt",
             "SAPT, Zhao et al. 2024",
-            {"AP": _AP, "F.Ra": f"{_F}/all_rows", "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
-            "Its code computes F.Ra and FWT otherwise: see sapt-code.",
+            {"AP": _AP, "F.Ra": _F, "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
+            "F.Ra is over the scores since a task was learned; its code computes it and FWT otherwise: see sapt-code.",
         ),
         Convention(
             "sapt-code",
@@ -439,7 +439,7 @@ CONVENTIONS: dict[str, Convention] = {
         Convention(
             "kif",
             "KIF, Feng et al. 2024, which cites SAPT's protocol",
-            {"AP": _AP, "F.Ra": f"{_F}/all_rows", "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
+            {"AP": _AP, "F.Ra": _F, "FWT": f"{_FWT}/diagonal", "BWT": f"{_BWT}/divide_by_t"},
             "Taken from SAPT, whose evaluation it follows; formulas of its own were not found.",
         ),
         Convention(
@@ -548,8 +548,10 @@ def _reader(R: np.ndarray, metric: str) -> Callable[[int, int], float]:
     def score(i: int, j: int) -> float:
         value = float(R[i, j])
         if np.isnan(value):
+            hint = "; evaluation.unseen scores tasks before they are learned" if j > i else ""
             raise InputError(
                 f"{metric} needs R[{i}, {j}], the score on task {j} after training task {i}, which was not evaluated"
+                f"{hint}"
             )
         return value
 

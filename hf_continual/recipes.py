@@ -204,6 +204,22 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return {"name": path.stem, **recipe}
 
 
+def variants_named(only: str, runs: Sequence[Run]) -> list[str]:
+    """The names in `--only a,b`.
+
+    Raises:
+        InputError: if the runs have no such variant.
+    """
+    known = sorted({run.variant for run in runs if run.variant is not None})
+    names = only.split(",")
+    for name in names:
+        if not known:
+            raise InputError(f"--only {name}: the recipe has no variants; leave it out")
+        if name not in known:
+            raise InputError(f"--only {name}: the recipe has no such variant; it has {', '.join(known)}")
+    return names
+
+
 def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] | None = None) -> list[Run]:
     """All runs of a recipe: variants x seeds, each resolved and checked.
 
@@ -233,6 +249,8 @@ def expand(recipe: dict[str, Any], base_dir: Path, overrides: Mapping[str, Any] 
             not isinstance(seeds, list) or not seeds or any(not isinstance(s, int) for s in seeds)
         ):
             raise InputError(f"seeds={seeds!r} must be a list of whole numbers")
+        if seeds is not None and len(set(seeds)) < len(seeds):
+            raise InputError(f"seeds={seeds!r} names a seed twice, and both runs would be one; give each once")
         for seed in seeds or [merged.get("seed", 42)]:
             if not isinstance(seed, int) or isinstance(seed, bool):
                 raise InputError(f"seed={seed!r} must be a whole number")

@@ -356,6 +356,8 @@ def compute(run: RunScores, info: MetricInfo) -> float:
         R, sizes = R[:, :done], sizes[:done]
         baseline = None if baseline is None else baseline[:done]
         single_task = None if single_task is None else single_task[:done]
+    if R.shape == (1, 1) and info.id.partition("/")[0] in ("backward_transfer", "forgetting"):
+        raise InputError(f"{info.id} needs two tasks, and {run.title} has learnt one")
     if run.independent:
         R = np.diagonal(R)[None]  # no row is of a model that has learnt all tasks
     small = run.less_is_better

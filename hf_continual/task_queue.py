@@ -135,7 +135,8 @@ class TaskQueue:
         independent: learn each task alone from the base model, one model a task; R then has its diagonal only.
         gate: the forgetting gate, [`GateConfig`] or its options, such as `{"max_forgetting": 0.05}`; None for none.
         trainer_class: a Trainer class built with [`ContinualMixin`].
-        trainer_kwargs: further arguments for it, such as `callbacks` or `data_collator`.
+        trainer_kwargs: further arguments for it, such as `data_collator`.
+        callbacks: for the Trainer of every task.
         recipe, variant: recorded in the run directory.
         named_stream: `name` and `hash` of the stream that `tasks` are of, recorded for reports.
 
@@ -164,6 +165,7 @@ class TaskQueue:
         independent: bool = False,
         gate: GateConfig | Mapping[str, Any] | None = None,
         named_stream: Mapping[str, str] | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.directory = RunDirectory(run_dir)
         self._args = args if args is not None else {}
@@ -174,6 +176,8 @@ class TaskQueue:
         self.seed, self.joint, self.variant, self.independent = seed, joint, variant, independent
         self._trainer_class = trainer_class
         self._trainer_kwargs = dict(trainer_kwargs or {})
+        if callbacks:
+            self._trainer_kwargs["callbacks"] = [*(self._trainer_kwargs.get("callbacks") or ()), *callbacks]
         self._recipe = recipe
         self.named_stream = named_stream
         self._peft_config = peft_config

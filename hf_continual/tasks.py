@@ -60,6 +60,7 @@ class Task:
                 f"task name {self.name!r} cannot name a folder: use letters, digits, '.', '_' and '-', "
                 "starting with a letter or a digit"
             )
+        refuse_twice(self.labels or (), f"task '{self.name}': ")
         if self.kind not in KINDS:
             raise InputError(f"task '{self.name}': kind={self.kind!r} is unknown{did_you_mean(str(self.kind), KINDS)}")
         if self.scorer is None:
@@ -90,6 +91,12 @@ class Task:
     def folder(self) -> str:
         """Folder of this task in a run directory, such as `00-agnews`."""
         return f"{self.index:02d}-{self.name}"
+
+
+def refuse_twice(labels: Sequence[str], where: str = "") -> None:
+    """Raise InputError if an answer stands in `labels` twice."""
+    if twice := sorted({label for label in labels if list(labels).count(label) > 1}):
+        raise InputError(f"{where}labels holds {twice[0]!r} twice; give each answer once")
 
 
 @dataclass

@@ -269,11 +269,13 @@ def test_command_line(tmp_path, capsys):
     a, b = run_of(tmp_path, "naive", 42, 0.5), run_of(tmp_path, "ewc", 42, 0.6)
     assert main(["compare", str(a), str(b), "--metric", "forgetting"]) == 0
     assert "forgetting against naive, percent (less is better), paired by seed" in capsys.readouterr().out
+    assert main(["compare", str(a), str(b), "--metric", "F"]) == 0
+    assert "forgetting against naive" in capsys.readouterr().out
     assert main(["compare", str(tmp_path), "--against", "ewc"]) == 0
     assert "average_performance against ewc" in capsys.readouterr().out
     edit(b, lambda s: s["evaluation"][1].update(hash="other"))
     for command in (
-        ["compare", str(a), str(b)], ["compare", str(a)], ["compare", str(a), str(b), "--metric", "AP"],
+        ["compare", str(a), str(b)], ["compare", str(a)], ["compare", str(a), str(b), "--metric", "APP"],
         ["compare"], ["report", str(a), "--convention", "sept"], ["compare", str(a), str(b), "--alpha", "0.1"],
     ):  # fmt: skip
         assert main(command) == 2, command

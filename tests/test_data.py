@@ -288,6 +288,7 @@ def test_row_limits_take_the_rows_of_a_seeded_shuffle(tmp_path: Path) -> None:
         ({"training": 3}, "training: 3 is not a mapping"),
         ({"eval_split": "test"}, "eval_split: 'test' cannot be found in the single file"),
         ({"name": "a/b"}, "'a/b' cannot name a folder"),
+        ({"labels": ["good", "bad", "good"]}, "labels holds 'good' twice"),
         ({"path": None, "data_files": {"eval": "x.json"}}, "the split 'train' is missing"),
         (
             {"path": None, "data_files": {"train": "x.json", "tset": "x.json"}},
@@ -312,6 +313,7 @@ def test_errors_in_a_spec(tmp_path: Path, change: dict[str, object], message: st
         (rows(1), "has one row and there is no evaluation split"),
         ("[{", "is not valid JSON"),
         ("3", "holds a int; write a list"),
+        ('{"rows": [{"input": "a", "output": "b"}]}', "is an object whose 'rows' holds the rows; write the list alone"),
         ([1, 2], "row 0 of .* is 1; write each row as an object"),
         ([{"input": "a", "output": 1}] * 2, "column 'output' in row [01] of .* is 1, not a string"),
         ([{"input": "a", "output": None}] * 2, "column 'output' in row [01] of .* is None"),

@@ -292,9 +292,11 @@ def test_convention_of_one_run(tmp_path):
 def test_convention_says_what_is_missing(tmp_path):
     runs = runs_at(write_run(tmp_path / "run", R=[[0.8, None, None], [0.6, 0.9, None], [0.5, 0.7, 0.6]]))
     text = convention_table(runs, "sapt")
-    assert "no F.Ra: forgetting needs R[0, 1]" in text
+    assert "no F.Ra" not in text and words(next(x for x in text.splitlines() if x.startswith("F.Ra")))[1] == "25.0"
     assert "no FWT: forward_transfer/diagonal needs the scores of models trained on one task each" in text
-    line = next(line for line in text.splitlines() if line.startswith("F.Ra"))
+    text = convention_table(runs, "chaudhry")
+    assert "no F: forgetting needs R[0, 1]" in text and "evaluation.unseen scores tasks before" in text
+    line = next(line for line in text.splitlines() if line.startswith("F "))
     assert words(line)[1] == "-" and "nan" not in text.lower()
     assert "no forward transfer: forward_transfer needs R[0, 1]" in convention_table(runs, "mammoth")
 
@@ -350,7 +352,9 @@ def test_where_conventions_differ(tmp_path):
 
 
 def test_where_conventions_agree(tmp_path):
-    flat = runs_at(write_run(tmp_path / "run", R=[[0.5]], tasks=["a"], baseline=None))
+    one = runs_at(write_run(tmp_path / "one", R=[[0.5]], tasks=["a"], baseline=None))
+    assert "backward_transfer needs two tasks, and" in differences_table(one)  # and is no 0.0
+    flat = runs_at(write_run(tmp_path / "run", R=[[0.5, None], [0.5, 0.5]], tasks=["a", "b"], baseline=None))
     text = differences_table(flat)
     assert "The same here by 3 definitions: backward transfer" in text
     assert "backward_transfer/divide_by_t" not in text.split("Not computed")[0]

@@ -169,8 +169,7 @@ class InterruptAt(TrainerCallback):
 @pytest.mark.parametrize(("step", "saving"), [(3, "steps"), (4, "steps"), (1, "no")])
 def test_sigint_saves_and_continues(finished, tmp_path, step, saving):
     run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    queue = make_queue(run, "stack", save_strategy=saving)
-    queue._trainer_kwargs = {"callbacks": [InterruptAt("01-toy1", step)]}
+    queue = make_queue(run, "stack", save_strategy=saving, callbacks=[InterruptAt("01-toy1", step)])
     with pytest.raises(Interrupted, match=f"'toy1' at step {step}"):
         queue.run()
     assert signal.getsignal(signal.SIGINT) is before

@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-def make_queue(folder, name="naive", *, tasks=2, options=None, **training):
+def make_queue(folder, name="naive", *, tasks=2, options=None, callbacks=(), **training):
     chosen = dict(KINDS[name])
     queue_options = toy_queue_options(
         chosen.pop("kind", "llama"), lora=chosen.pop("lora", True), **{"learning_rate": 5e-2, **training}
@@ -37,7 +37,8 @@ def make_queue(folder, name="naive", *, tasks=2, options=None, **training):
     queue_options["evaluation"] |= {"max_new_tokens": 2}
     for section, values in (options or {}).items():
         queue_options[section] = {**queue_options.get(section, {}), **values}
-    return TaskQueue(folder, tasks=toy_stream(tasks, rows=8, eval_rows=4), **chosen, **queue_options)
+    stream = toy_stream(tasks, rows=8, eval_rows=4)
+    return TaskQueue(folder, tasks=stream, callbacks=callbacks, **chosen, **queue_options)
 
 
 def snapshot(run):
