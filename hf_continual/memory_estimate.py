@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import re
 import weakref
@@ -53,7 +54,7 @@ from .methods.olora import OLoRA
 from .methods.olora import orthogonality as old_and_new
 from .methods.seekr import HEADS, LAYERS, SEEKR
 from .methods.weight_ema import WeightEMA
-from .models import ModelConfig, apply_lora, is_seq2seq, load_model
+from .models import ModelConfig, apply_lora, first_line, is_seq2seq, load_model
 from .skill_fusion import SkillFusion
 from .task_queue import DataConfig
 from .training_args import make_training_args
@@ -304,6 +305,24 @@ def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
         p.grad = None
 
 
+@contextmanager
+def _can_be_followed(model: Any) -> Iterator[None]:
+    """Some kernels, such as the grouped matrix products of experts in float32, run on weights that exist alone."""
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    before, torchs.disabled = torchs.disabled, True  # what it says is in the sentence
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"estimate: a step of {type(model).__name__} cannot be followed without its weights "
+            f"({first_line(error)}); try --model.dtype bfloat16, or measure a few steps"
+        ) from error
+    finally:
+        torchs.disabled = before
+
+
 class _Simulation:
     """A model whose tensors have shapes and no content."""
 
@@ -371,7 +390,8 @@ class _Simulation:
             known = [*self.model.parameters(), *self.model.buffers(), *grads, *batch.values(), *self._held]
             counter = stack.enter_context(_LiveBytes(known))
             stack.enter_context(_FusedAttention())
-            loss = self._loss(batch, losses)
+            with _can_be_followed(self.model):
+                loss = self._loss(batch, losses)
             if gradients == "returned":
                 torch.autograd.grad(loss, parameters, allow_unused=True)
             else:
@@ -893,6 +913,7 @@ def estimate(
     fsdp_float = plan.backend == "fsdp2" and plan.half is not None
     wide = master or fsdp_float
     optimizer = _optimizer_bytes(name, parameters, wide, args) + (counts.trained * FLOAT if master else 0)
+    optimizer_whole = optimizer
     optimizer = 0 if plan.offload_optimizer else -(-optimizer // shards)
     gradients, bucket = _gradients(counts, plan, simulation.model)
 
@@ -927,7 +948,7 @@ def estimate(
     teacher, peak = memory.teacher, moments[moment]
     if memory.stored_teacher and moment in ("stored rows", "forward and backward"):
         teacher, peak = teacher + memory.stored_teacher, peak - memory.stored_teacher
-    notes = list(memory.notes)
+    notes = [*memory.notes, *_notes(plan, counts, optimizer_whole, bucket, whole)]
     if checkpointing is not None and checkpointing.get("offload"):
         notes.append("activations that are offloaded to the CPU are counted as if they stayed")
     return MemoryEstimate(
@@ -944,3 +965,21 @@ def estimate(
         trainable=whole.trained,
         notes=tuple(notes),
     )
+
+
+def _notes(plan: Plan, counts: _Counts, optimizer: int, bucket: int, whole: _Counts) -> list[str]:
+    """What the numbers alone would not say."""
+    notes = []
+    if plan.offload_optimizer or plan.offload_param:
+        host = (optimizer + counts.trained * FLOAT if plan.offload_optimizer else 0) + (
+            2 * whole.numel if plan.offload_param else 0
+        )
+        notes.append(f"offloaded to the memory of the hosts, all together: about {host / 1e9:.1f} GB")
+    if bucket:
+        notes.append(f"gradients: {bucket / 1e9:.2f} GB of them are DeepSpeed's buckets, whatever is trained")
+    if plan.zero is None and counts.trained and counts.trained_bytes < FLOAT * counts.trained:
+        notes.append(
+            f"{plan.backend}: weights that learn, their gradients and moments are in 16 bits; DeepSpeed keeps float32 "
+            "weights and moments, so the two do not train alike"
+        )
+    return notes

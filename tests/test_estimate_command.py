@@ -4,7 +4,7 @@ import json
 
 import pytest
 from toy_runs import save_model, write_recipe
-from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers import MixtralConfig, MixtralForCausalLM, RobertaConfig, RobertaForMaskedLM
 
 from hf_continual.cli import main
 from hf_continual.testing import toy_tokenizer
@@ -30,9 +30,34 @@ def test_the_preset_it_would_be_launched_with(tmp_path, capsys):
     recipe = write_recipe(tmp_path, save_model(tmp_path / "model"))
     command = ["estimate", str(recipe), "--gpus", "2", "--gpu_memory", "1GB", "--accelerate_config"]
     assert main([*command, "zero3"]) == 0
-    assert "zero3" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "zero3" in shown and "of them are DeepSpeed's buckets" in shown and "hosts" not in shown
+    assert main([*command, "zero3_offload"]) == 0
+    assert "offloaded to the memory of the hosts, all together: about 0.0 GB" in capsys.readouterr().out
     assert main([*command, "zero33"]) == 2
     assert "--accelerate_config zero33" in capsys.readouterr().err
+
+
+def test_half_precision_that_zero_would_not_train(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, save_model(tmp_path / "model"), peft=None)
+    command = ["estimate", str(recipe), "--gpus", "1", "--gpu_memory", "1GB", "--model.dtype"]
+    for dtype, said in (("bfloat16", True), ("float32", False)):
+        assert main([*command, dtype]) == 0
+        assert ("moments are in 16 bits; DeepSpeed keeps float32" in capsys.readouterr().out) is said
+
+
+def test_a_step_that_cannot_be_followed(tmp_path, capsys):
+    """Experts in float32: torch has their kernel for real weights only."""
+    config = MixtralConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = write_recipe(tmp_path, tmp_path / "model", peft=None, methods=[])
+    command = ["estimate", str(recipe), "--gpus", "1", "--gpu_memory", "1GB"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "a step of MixtralForCausalLM cannot be followed without its weights" in said and said.count("\n") == 1
+    assert main([*command, "--model.dtype", "bfloat16"]) == 0
 
 
 def test_tasks_of_text_are_rows_of_a_block_and_mlm_has_its_own_head(tmp_path, capsys):
