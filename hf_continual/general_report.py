@@ -129,7 +129,11 @@ def general_section(runs: Sequence[RunScores], single: bool) -> list[str]:
         return []
     blocks = ["## General ability"]
     if not single:
-        return [*blocks, CAPTION, comparison_table(runs, "github")]
+        if any(of_probe(rows, GENERAL) for rows in found.values()):
+            blocks += [CAPTION, comparison_table(runs, "github")]
+        if any(of_probe(rows, LM_EVAL) for rows in found.values()):
+            blocks += [LM_EVAL_CAPTION, lm_eval_comparison(runs, "github")]
+        return blocks
     rows = found[id(runs[0])]
     if of_probe(rows, GENERAL):
         blocks += [f"{CAPTION} {_hashes(rows)}", general_table(rows, "github"), kinds_table(rows, "github")]
@@ -148,7 +152,7 @@ def comparison_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str
     body, notes = [], []
     tests: dict[str, str] = {}
     for label, members in groups(runs).items():
-        logs = [read_general_log(run.path) for run in members if run.finished]
+        logs = [read_general_log(run.path) for run in members if run.finished and not run.independent]
         general = [of_probe(rows, GENERAL) for rows in logs]
         general = [rows for rows in general if len(rows) > 1 and rows[0]["after_task"] is None]
         if not general:
@@ -176,15 +180,59 @@ def comparison_table(runs: Sequence[RunScores], tablefmt: str = "simple") -> str
     return "\n\n".join([table, *notes])
 
 
+def lm_eval_comparison(runs: Sequence[RunScores], tablefmt: str = "simple") -> str:
+    """One row a variant, one column a task and metric of lm-eval: before and after its finished runs, mean over seeds.
+
+    Independent runs have no model that has learnt all tasks, so they are left out here and in `comparison_table`.
+    """
+    found: dict[str, list[tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]]] = {}
+    tests = set()
+    for label, members in groups(runs).items():
+        for run in members:
+            rows = of_probe(read_general_log(run.path), LM_EVAL) if run.finished and not run.independent else []
+            if len(rows) > 1 and rows[0]["after_task"] is None:
+                before, after = (
+                    {(task, name): value for task, of in row["scores"].items() for name, value in of.items()}
+                    for row in (rows[0], rows[-1])
+                )
+                found.setdefault(label, []).append((before, after))
+                tests.add(json.dumps([rows[-1].get("hashes"), rows[-1].get("samples")], sort_keys=True))
+    columns = list(dict.fromkeys(key for pairs in found.values() for _, after in pairs for key in after))
+    body = []
+    for label, pairs in found.items():
+        cells: list[Any] = [label, len(pairs)]
+        for key in columns:
+            both = [(before[key], after[key]) for before, after in pairs if key in before and key in after]
+            if not both:
+                cells.append(NO_VALUE)
+                continue
+            old, new = (statistics.fmean(values) for values in zip(*both, strict=True))
+            fraction = all(0 <= value <= 1 for values in both for value in values)
+            write = percent if fraction else number
+            cells.append(f"{write(old)} -> {write(new)} ({(100 if fraction else 1) * (new - old):+.1f})")
+        body.append(cells)
+    headers = ["variant", "seeds", *(f"{task} {metric}" for task, metric in columns)]
+    align = ("left", *("right" for _ in headers[1:]))
+    table = tabulate(body, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align if body else None)
+    notes = (
+        ["The runs were measured with different tasks or rows; their numbers do not compare."] if len(tests) > 1 else []
+    )
+    return "\n\n".join([table, *notes])
+
+
 def general_text(runs: Sequence[RunScores], single: bool) -> str:
     """The tables for the terminal; empty if no run measured it."""
     logs = [rows for run in runs if (rows := read_general_log(run.path))]
     if not logs:
         return ""
-    if not single:
-        return f"general ability\n{comparison_table(runs)}"
-    rows = logs[0]
     parts = []
+    if not single:
+        if any(of_probe(rows, GENERAL) for rows in logs):
+            parts.append(f"general ability\n{comparison_table(runs)}")
+        if any(of_probe(rows, LM_EVAL) for rows in logs):
+            parts.append(f"lm-eval, before -> after (in brackets: the change)\n{lm_eval_comparison(runs)}")
+        return "\n\n".join(parts)
+    rows = logs[0]
     if of_probe(rows, GENERAL):
         parts.append(f"general ability (delta: nats a token against the base model)\n{general_table(rows)}")
     if of_probe(rows, LM_EVAL):

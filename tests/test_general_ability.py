@@ -27,7 +27,13 @@ from hf_continual.general_ability import (
     text_sequences,
     token_scores,
 )
-from hf_continual.general_report import comparison_table, general_line, read_general_log
+from hf_continual.general_report import (
+    comparison_table,
+    general_line,
+    general_text,
+    lm_eval_comparison,
+    read_general_log,
+)
 from hf_continual.plots import plot_matrix
 from hf_continual.report import write_report
 from hf_continual.run_scores import RunScores
@@ -287,6 +293,8 @@ def test_a_comparison_has_a_row_for_each_variant(tmp_path):
     assert ["naive", "1", "2.72", "20.09", "+2.000", "50.0", "25.0"] in rows and len(rows) == 4
     runs.append(log(tmp_path / "other/seed-1", [(1.0, 10), (3.0, 5)], text="another"))
     assert "measured with different texts or prompts" in comparison_table(runs)
+    runs[2].independent = True  # its last model has learnt one task
+    assert "naive" not in comparison_table(runs)
     line = general_line(read_general_log(runs[0].path))
     assert line == "general ability: perplexity 2.72 to 4.48, prompts right 10 to 8 of 20"
     assert general_line(read_general_log(runs[0].path)[1:]) == ""
@@ -294,6 +302,30 @@ def test_a_comparison_has_a_row_for_each_variant(tmp_path):
     (runs[0].path / "general.jsonl").unlink()
     plot_matrix(runs[0], tmp_path / "without.png")
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_lm_eval_of_several_variants(tmp_path):
+    """Without the cheap probe, too: a table of its own, and no empty one of the probe."""
+    runs = []
+    for label, seed, pairs in (("migu", 1, (0.5, 0.4)), ("migu", 2, (0.5, 0.6)), ("naive", 1, (0.5, 0.1))):
+        folder = tmp_path / label / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        rows = [
+            {"after_task": None if i else "a", "after_index": -i, "probe": "lm_eval", "samples": {"arc": 4},
+             "scores": {"arc": {"acc": value}, "text": {"ppl": 10 * value + 5}}}
+            for i, value in zip((1, 0), pairs, strict=True)
+        ]  # fmt: skip
+        (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs.append(RunScores(folder, label, seed, ["a"], ["a"], np.array([[0.5]]), None, {}, True, 1))
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lm_eval_comparison(runs, "github").splitlines()]
+    assert ["variant", "seeds", "arc acc", "text ppl"] in rows
+    assert ["migu", "2", "50.0 -> 50.0 (+0.0)", "10.00 -> 10.00 (+0.0)"] in rows
+    assert ["naive", "1", "50.0 -> 10.0 (-40.0)", "10.00 -> 6.00 (-4.0)"] in rows
+    text = general_text(runs, single=False)
+    assert "lm-eval, before -> after" in text and "perplexity" not in text and "do not compare" not in text
+    log = runs[2].path / "general.jsonl"
+    log.write_text(log.read_text().replace('"arc": 4', '"arc": 5'))
+    assert "do not compare" in lm_eval_comparison(runs)
 
 
 def test_a_damaged_log_is_named(tmp_path):

@@ -104,7 +104,8 @@ def test_malformed_overrides(words, said):
     [
         {"training": {"learning_rate": "high"}}, {"training": {"bf16": "yes"}}, {"training": [1]},
         {"training": {"seed": 1}}, {"training": {"output_dir": "x"}}, {"peft": "lora"}, {"seeds": [1, "x"]},
-        {"seeds": [1, 1]}, {"seed": 1.5}, {"joint": 1}, {"tasks": "all"}, {"tasks": []}, {"tasks": {"train_rows": 3}}, {"model": None},
+        {"seeds": [1, 1]},
+        {"seed": 1.5}, {"joint": 1}, {"tasks": "all"}, {"tasks": []}, {"tasks": {"train_rows": 3}}, {"model": None},
         {"model": {"name": 3}}, {"model": {"name": "x", "dtype": "int8"}}, {"variants": []}, {"variants": {"a/b": {}}},
         {"variants": {"v": 3}}, {"data": {"max_prompt_length": 0}}, {"evaluation": {"batch_size": "x"}},
         {"evaluation": {"unseen": 1}}, {"evaluation": {"scorer": "bleu"}}, {"methods": 3},
