@@ -361,10 +361,9 @@ class ForgettingGate:
         if trainer.interrupted:
             raise Interrupted(f"stopped in rehearsal {number} after task '{task.name}', which is done again")
         before = queue.directory.task_folder(task)
-        methods = queue._new_methods()
-        methods.load(before / "methods")
-        told = [method for method in methods if type(method).on_rehearsed is not ContinualMethod.on_rehearsed]
+        told = [m for m in queue._new_methods() if type(m).on_rehearsed is not ContinualMethod.on_rehearsed]
         for method in told:
+            method.load(before / "methods")
             method.on_rehearsed(trainer.accelerator.unwrap_model(trainer.model))
 
         def fill(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .errors import ForgettingLimit, InputError, Interrupted
 from .models import first_line
-from .stopping import forwarding_signals
+from .stopping import end_with_parent, forwarding_signals
 
 if TYPE_CHECKING:
     from .task_queue import TaskQueue
@@ -66,6 +66,7 @@ def _learn_one_task(sender: Any, threads: int, options: dict[str, Any]) -> None:
     from .task_queue import TaskQueue
 
     os.setsid()  # SIGINT of the terminal comes through the parent, once
+    end_with_parent()
     torch.set_num_threads(threads)  # sums are split by threads, so another number gives other last digits
     try:
         sender.send({"finished": TaskQueue(**options)._run(one_task=True)})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import importlib.resources
@@ -33,6 +32,7 @@ from .deepspeed_config import agree, check_config, need_deepspeed, read_config
 from .errors import InputError, did_you_mean
 from .recipes import SECTIONS, apply_overrides
 from .recipes import _overlay as overlaid
+from .stopping import end_with_parent
 
 STATUS = "HF_CONTINUAL_LAUNCH_STATUS"
 """Environment variable: the folder in which each worker leaves its process id and how it ended."""
@@ -284,15 +284,6 @@ def _forward_signals(child: subprocess.Popen[bytes], folder: Path) -> Iterator[N
 # -- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def end_with_parent() -> None:
-    """Linux: SIGTERM to this process when the one that started it is gone, which a killed one cannot send itself.
-
-    A launcher passes it on to its workers, and these save a checkpoint. Else they would train on in the run directory.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def register_worker(environment: Mapping[str, str] = os.environ) -> None:
     """Leave this worker's process id for the command that started it, and end when the launcher is gone."""
     if environment.get(STATUS):
@@ -425,7 +416,7 @@ def check_launch(
             f"training.fsdp={training['fsdp']!r} and the launcher brings DeepSpeed; remove training.fsdp, or use "
             "--accelerate_config fsdp2"
         )
-    if training["fsdp"] and world == 1 and "WORLD_SIZE" not in environment and not uses_fsdp:
+    if training["fsdp"] and "WORLD_SIZE" not in environment:
         raise InputError(
             f"training.fsdp={training['fsdp']!r} and no launcher started this process, so nothing would be sharded; "
             "use --accelerate_config fsdp2 instead, or torchrun"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from transformers import TrainerCallback
 from .distributed import processes
 from .errors import Interrupted
 
-__all__ = ["StopAtSignal", "forwarding_signals"]
+__all__ = ["StopAtSignal", "end_with_parent", "forwarding_signals"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -83,6 +85,15 @@ class StopAtSignal(TrainerCallback):
             self.trainer = None
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Linux: SIGTERM to this process when the one that started it is gone, which a killed one cannot send itself.
+
+    Else it would train on in the run directory. A launcher passes the signal on to its workers; they save.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

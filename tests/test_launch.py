@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ from hf_continual.launch import (
     split_flags,
 )
 from hf_continual.recipes import recipe_files
+from hf_continual.run_state import RunDirectory
 
 NAMES = {"ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload", "multi_node"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -237,6 +239,24 @@ def test_a_killed_command_leaves_no_workers(tmp_path):
     own.kill()
     own.wait()
     _wait_for(lambda: not Path(f"/proc/{note.read_text()}").exists())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told of its parent's end")
+def test_a_killed_queue_leaves_no_isolated_task(tmp_path, model):
+    words = ["run", str(write_recipe(tmp_path, model)), "--isolate_tasks", "--training.num_train_epochs", "100000"]
+    code = f"import sys; from hf_continual.cli import main; sys.exit(main({words!r}))"
+    own = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / "run" / "work"
+    _wait_for(lambda: next(work.glob("*/checkpoint-*"), None))
+    own.kill()
+    own.wait()
+    _wait_for(lambda: _is_free(tmp_path / "run"))
+
+
+def _is_free(run):
+    with contextlib.suppress(InputError), RunDirectory(run).locked():
+        return True
+    return False
 
 
 def _wait_for(condition):

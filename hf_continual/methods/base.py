@@ -236,7 +236,8 @@ class ContinualMethod(Generic[ConfigT]):
     def on_rehearsed(self, model: nn.Module) -> None:
         """After the forgetting gate has trained the model on rows of all tasks so far: state that holds its weights.
 
-        `model` is unwrapped. Only called where overridden, and on every rank.
+        `model` is unwrapped, and its weights are still split under FSDP2 and ZeRO-3. `load` comes before, `save` after;
+        every rank calls it, where it is overridden.
         """
 
     # -- state -------------------------------------------------------------------------------------------------------
