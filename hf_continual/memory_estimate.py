@@ -974,7 +974,7 @@ def _notes(plan: Plan, counts: _Counts, optimizer: int, bucket: int, whole: _Cou
         host = (optimizer + counts.trained * FLOAT if plan.offload_optimizer else 0) + (
             2 * whole.numel if plan.offload_param else 0
         )
-        notes.append(f"offloaded to the memory of the hosts, all together: about {host / 1e9:.1f} GB")
+        notes.append(f"offloaded to the memory of the hosts, all together: about {host / 1e9:.3g} GB")
     if bucket:
         notes.append(f"gradients: {bucket / 1e9:.2f} GB of them are DeepSpeed's buckets, whatever is trained")
     if plan.zero is None and counts.trained and counts.trained_bytes < FLOAT * counts.trained:

@@ -83,6 +83,10 @@ def test_ddp_shards_nothing_and_copies_gradients_to_buckets():
 def test_offloading_leaves_the_gpu():
     offloaded = parts(deepspeed=zero(2, offload_optimizer={"device": "cpu"}))
     assert offloaded.optimizer == 0 < parts(deepspeed=zero(2)).optimizer
+    numel = sum(p.numel() for p in tiny_model().parameters())
+    weights = parts(deepspeed=zero(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
+    for told, each in ((offloaded, 4 + 8 + 4), (weights, 4 + 8 + 4 + 2)):  # master, moments, gradient; 16-bit weight
+        assert any(f"all together: about {each * numel / 1e9:.3g} GB" in note for note in told.notes)
 
 
 def test_fsdp_shards_weights_gradients_and_moments():

@@ -294,6 +294,8 @@ def test_convention_says_what_is_missing(tmp_path):
     text = convention_table(runs, "sapt")
     assert "no F.Ra" not in text and words(next(x for x in text.splitlines() if x.startswith("F.Ra")))[1] == "25.0"
     assert "no FWT: forward_transfer/diagonal needs the scores of models trained on one task each" in text
+    kif = next(line for line in convention_table(runs, "kif").splitlines() if line.startswith("F.Ra"))
+    assert words(kif)[1] == "25.0"
     text = convention_table(runs, "chaudhry")
     assert "no F: forgetting needs R[0, 1]" in text and "evaluation.unseen scores tasks before" in text
     line = next(line for line in text.splitlines() if line.startswith("F "))
