@@ -745,7 +745,7 @@ class GradientSeam:
         self._snapshot: list[_Frozen] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._engine_step: tuple[Any, Any] | None = None
-        self._left_over: Tensor | None = None
+        self._left_over = False
 
     def attach(self, optimizer: Any, engine: Any = None) -> None:
         """`engine`: the wrapped model, which under DeepSpeed is what steps."""
@@ -770,8 +770,7 @@ class GradientSeam:
             if last:
                 self._open()
             result = step(*args, **kwargs)
-            if last:
-                self._left_over = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+            self._left_over |= last
             return result
 
         engine.step = step_after_hook  # on this instance alone
@@ -784,18 +783,22 @@ class GradientSeam:
         self._handles = []
         if self._engine_step is not None:
             del self._engine_step[0].step
-            self._engine_step = self._left_over = None
+            self._engine_step = None
+        self._left_over = False
         self.grads._applied.clear()
 
     def before_micro_batch(self) -> None:
         """The Trainer calls this at the start of every `training_step`.
 
-        ZeRO-3 (DeepSpeed 0.19) overwrites the gradients of the last step only where this one has any: of a parameter
-        that no row uses now it would apply the old one again, and add to it in the second micro-batch.
+        Where DeepSpeed (0.19) keeps gradients in buffers of its own, as at ZeRO-3 and for an offloaded optimizer, it
+        overwrites those of the last step only where this one has any: of a parameter that no row uses now it would
+        apply the old one again, and add to it in the second micro-batch.
         """
-        if self._left_over is not None:
-            self._left_over.zero_()
-            self._left_over = None
+        if self._left_over and self._engine_step is not None:
+            left = _kept_gradients(self._engine_step[0].optimizer, self.distributed.backend)
+            if left:
+                torch._foreach_zero_(left)
+        self._left_over = False
 
     def after_backward(self, last_micro_batch: bool) -> None:
         """The Trainer calls this at the end of every `training_step`."""
@@ -864,6 +867,17 @@ class GradientSeam:
                     if p.grad is not None:
                         self.grads._applied[id(p)] = p.grad
         self.grads._stepped = True
+
+
+def _kept_gradients(optimizer: Any, backend: str) -> list[Tensor]:
+    """The buffers in which DeepSpeed still has the gradients of the last step."""
+    if backend == "zero3":
+        offloaded = [p.grad for p in optimizer.fp32_partitioned_groups_flat if p.grad is not None]
+        return [optimizer.grad_partitions_flat_buffer, *offloaded]
+    if getattr(optimizer, "cpu_offload", False):
+        groups = [p.grad for p in optimizer.single_partition_of_fp32_groups if p.grad is not None]
+        return [*groups, *optimizer.accumulated_grads_in_cpu.values()]
+    return []
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -47,9 +47,18 @@ class SometimesScaled(LlamaForCausalLM):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-def learn_sometimes(rank, folder, backend, accumulation, used):
+def offloading(backend):
+    """DeepSpeed's configuration with the optimizer on the CPU."""
+    config = backend_options(backend)["deepspeed"]
+    config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
+    config["zero_force_ds_cpu_optimizer"] = False  # its AdamW would be compiled for a minute
+    return {"deepspeed": config}
+
+
+def learn_sometimes(rank, folder, backend, offloads, accumulation, used):
     SometimesScaled.used = used
-    learn_and_save(rank, folder, backend, ["migu"], False, accumulation, 2, {"kind": "sometimes", **PLAIN_STEPS})
+    options = {"kind": "sometimes", **PLAIN_STEPS, **(offloading(backend) if offloads else {})}
+    learn_and_save(rank, folder, backend, ["migu"], False, accumulation, 2, options)
 
 
 PLAIN_STEPS = {"optim": "sgd", "max_grad_norm": 0, "ddp_find_unused_parameters": True}

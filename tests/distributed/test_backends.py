@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import PLAIN_STEPS, SometimesScaled, learn, learn_and_save, learn_in_fp16, learn_sometimes
+from backends import PLAIN_STEPS, SometimesScaled, learn, learn_and_save, learn_in_fp16, learn_sometimes, offloading
 from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hf_continual.distributed import BACKENDS, check_backend
 from hf_continual.errors import InputError
 from hf_continual.methods.base import ContinualMethod, method_class, method_names
-from hf_continual.testing import backend_options, close
+from hf_continual.testing import close
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 LEVEL = os.environ.get("HF_CONTINUAL_DISTRIBUTED", "")
@@ -177,10 +177,14 @@ def test_decay_groups_and_no_clipping_equal_one_process(backend, options, tmp_pa
 
 
 @pytest.mark.parametrize(("accumulation", "used"), [(1, (True, False)), (2, (False, True, False, False))])
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"] if LEVEL else ["zero3"])
-def test_a_layer_that_some_steps_do_not_use(backend, accumulation, used, tmp_path, monkeypatch):
-    """DeepSpeed at ZeRO-3 would apply its last gradient again."""
-    run_ranks(learn_sometimes, 2, tmp_path, tmp_path, backend, accumulation, used)
+@pytest.mark.parametrize(
+    ("backend", "offloads"),
+    [("zero3", False), ("zero2", True)]
+    + ([("ddp", False), ("fsdp2", False), ("zero2", False), ("zero1", True), ("zero3", True)] if LEVEL else []),
+)
+def test_a_layer_that_some_steps_do_not_use(backend, offloads, accumulation, used, tmp_path, monkeypatch):
+    """DeepSpeed at ZeRO-3, and where the optimizer is offloaded, would apply its last gradient again."""
+    run_ranks(learn_sometimes, 2, tmp_path, tmp_path, backend, offloads, accumulation, used)
     monkeypatch.setattr(SometimesScaled, "used", used)
     options = {"kind": "sometimes", **PLAIN_STEPS}
     expected = learn("single", ["migu"], False, accumulation * 2, 2, tmp_path / "one", **options)
@@ -227,10 +231,7 @@ def test_bf16_masks_agree_between_ranks(backend, tmp_path):
 @pytest.mark.parametrize(("backend", "accumulation"), [("zero2", 1), ("zero2", 2), ("zero3", 1)])
 def test_offloaded_optimizer_clips_what_the_methods_left(backend, accumulation, tmp_path):
     """DeepSpeed takes the norms during backward there, before the masks; unmasked norms would move weights by 7 %."""
-    config = backend_options(backend)["deepspeed"]
-    config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
-    config["zero_force_ds_cpu_optimizer"] = False  # its AdamW would be compiled for a minute
-    run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, [MIGU], False, accumulation, 2, {"deepspeed": config})
+    run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, [MIGU], False, accumulation, 2, offloading(backend))
     ranks = load_file(str(tmp_path / "0.safetensors"))
     assert close(alone("migu", False, accumulation, 2, tmp_path), ranks, 4e-5 if backend == "zero3" else 1e-5)
 
