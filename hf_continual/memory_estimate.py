@@ -16,46 +16,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import logging
 import math
 import re
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from .distillation import ReplayDistillation, logit_kl, logit_mse
 from .errors import InputError
 from .lora import LoraView
-from .methods.agem import AGEM
+from .memory_of_methods import method_memory
+from .memory_simulation import FLOAT, Counts, Shape, Simulation
 from .methods.base import ContinualMethod, MethodList
-from .methods.derpp import DERPP
-from .methods.ewc import EWC, quadratic
 from .methods.fisher_merge import FisherMerge
-from .methods.gem import GEM
 from .methods.inclora import IncLoRA
-from .methods.kif import KIF
-from .methods.kif import orthogonality as unit_orthogonality
-from .methods.lwf import LwF, distillation
-from .methods.migu import MIGU, find_targets
 from .methods.olora import OLoRA
-from .methods.olora import orthogonality as old_and_new
-from .methods.seekr import HEADS, LAYERS, SEEKR
-from .methods.weight_ema import WeightEMA
-from .models import ModelConfig, apply_lora, first_line, is_seq2seq, load_model
-from .skill_fusion import SkillFusion
+from .models import ModelConfig, apply_lora, load_model
 from .task_queue import DataConfig
 from .training_args import make_training_args
 
@@ -63,7 +42,6 @@ __all__ = ["MemoryEstimate", "Plan", "estimate", "parse_size", "plan_of"]
 
 Backend = Literal["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 
-FLOAT = 4
 _READ = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -235,479 +213,6 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-# -- counting ----------------------------------------------------------------------------------------------------------
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators make, while they live."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._known = {id(t.untyped_storage()): t.untyped_storage() for t in known}  # held: an id is used again
-        self._alive: dict[int, tuple[Any, int]] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: Any) -> None:
-        key = id(storage)
-        if key in self._known or key in self._alive:
-            return
-        size = storage.nbytes()
-        self._alive[key] = weakref.ref(storage, lambda _: self._drop(key)), size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._alive.pop(key)[1]
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention dropout leaves a CPU no fused kernel, while a GPU has one: it is left out, for it keeps no mask."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
-
-
-Loss = Callable[[Any, Any, dict[str, Tensor], Any], Tensor]
-"""A further loss: model, its trainable parameters by name, batch, outputs."""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A micro-batch: rows, and tokens of each part."""
-
-    rows: int
-    prompt: int
-    completion: int
-
-    def batch(self, seq2seq: bool) -> dict[str, Tensor]:
-        tokens = self.prompt if seq2seq else self.prompt + self.completion
-        ids = torch.zeros(self.rows, tokens, dtype=torch.long)
-        labels = torch.zeros(self.rows, self.completion, dtype=torch.long) if seq2seq else ids.clone()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-    @property
-    def labels(self) -> int:
-        return self.rows * self.completion
-
-
-def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    for p in parameters:
-        p.grad = None
-
-
-@contextmanager
-def _can_be_followed(model: Any) -> Iterator[None]:
-    """Some kernels, such as the grouped matrix products of experts in float32, run on weights that exist alone."""
-    torchs = logging.getLogger("torch._subclasses.fake_tensor")
-    before, torchs.disabled = torchs.disabled, True  # what it says is in the sentence
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"estimate: a step of {type(model).__name__} cannot be followed without its weights "
-            f"({first_line(error)}); try --model.dtype bfloat16, or measure a few steps"
-        ) from error
-    finally:
-        torchs.disabled = before
-
-
-class _Simulation:
-    """A model whose tensors have shapes and no content."""
-
-    def __init__(self, model: nn.Module, plan: Plan, checkpointing: Mapping[str, Any] | None) -> None:
-        self.mode, self.plan = FakeTensorMode(), plan
-        self.seq2seq = is_seq2seq(model)
-        made: dict[int, Tensor] = {}
-        with self.mode:
-            for module in model.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        if id(parameter) not in made:
-                            content = self._empty(parameter)
-                            made[id(parameter)] = nn.Parameter(content, requires_grad=parameter.requires_grad)
-                        module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = self._empty(buffer)
-        self.model: Any = model
-        if checkpointing is not None:
-            options = dict(checkpointing)
-            every, _ = options.pop("every_n_layers", 1), options.pop("offload", False)
-            enable: Any = self.model.activation_checkpointing_enable
-            enable(activation_checkpointing_kwargs=options or None, every_n_layers=every)
-        model.train()
-        self.trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._held: list[Tensor] = []
-
-    def hold(self, *shape: int) -> Tensor:
-        """A float32 tensor that is there all the time, and not counted."""
-        with self.mode:
-            self._held.append(torch.empty(shape))
-        return self._held[-1]
-
-    def _empty(self, tensor: Tensor) -> Tensor:
-        half = self.plan.half if tensor.is_floating_point() else None
-        return torch.empty(tensor.shape, dtype=half or tensor.dtype)
-
-    def peak(
-        self,
-        shape: _Shape,
-        losses: Sequence[Loss] = (),
-        gradients: Literal["new", "kept", "released", "returned"] = "new",
-    ) -> int:
-        """Most bytes beside the weights during one forward and backward.
-
-        Args:
-            losses: added to the task loss.
-            gradients: `new` in this backward; `kept` from an earlier one, and not counted; `released` as soon as they
-                are there, as where they are sharded; `returned`, as by `torch.autograd.grad`.
-        """
-        parameters = list(self.trained.values())
-        with ExitStack() as stack:
-            stack.enter_context(self.mode)
-            if gradients == "released":
-                for p in parameters:
-                    handle = p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-                    stack.callback(handle.remove)
-            if gradients == "kept":
-                for p in parameters:
-                    p.grad = torch.empty(p.shape, dtype=p.dtype)
-            stack.callback(_drop_gradients, parameters)
-            batch = shape.batch(self.seq2seq)
-            grads = [p.grad for p in parameters if p.grad is not None]
-            known = [*self.model.parameters(), *self.model.buffers(), *grads, *batch.values(), *self._held]
-            counter = stack.enter_context(_LiveBytes(known))
-            stack.enter_context(_FusedAttention())
-            with _can_be_followed(self.model):
-                loss = self._loss(batch, losses)
-            if gradients == "returned":
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-            else:
-                loss.backward()
-            return counter.peak
-
-    def _loss(self, batch: dict[str, Tensor], losses: Sequence[Loss]) -> Tensor:
-        outputs = self.forward(batch)
-        loss = outputs.loss
-        if losses:
-            loss = loss + torch.stack([further(self, self.trained, batch, outputs).float() for further in losses]).sum()
-        return loss
-
-    def forward(self, batch: Mapping[str, Any]) -> Any:
-        """As the prepared model does: under autocast, whose outputs accelerate brings to float32."""
-        arguments = dict(batch) if self.seq2seq else {**batch, "use_cache": False}
-        if self.plan.autocast is None:
-            return self.model(**arguments)
-
-        def run() -> Any:
-            with torch.autocast("cpu", self.plan.autocast):
-                return self.model(**arguments)
-
-        return convert_outputs_to_fp32(run)()
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        self.model.eval()
-        with torch.no_grad():
-            yield
-        self.model.train()
-
-
-# -- what methods keep -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Counts:
-    """Sizes of the model that is trained."""
-
-    numel: int = 0
-    bytes: int = 0
-    trained: int = 0
-    trained_bytes: int = 0
-    largest: int = 0
-    """Bytes of the largest parameter that learns."""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Counts:
-        counts = cls()
-        for p in model.parameters():
-            size = p.numel() * p.element_size()
-            counts.numel += p.numel()
-            counts.bytes += size
-            if p.requires_grad:
-                counts.trained += p.numel()
-                counts.trained_bytes += size
-                counts.largest = max(counts.largest, size)
-        return counts
-
-
-@dataclass
-class _MethodMemory:
-    """What the methods add, in bytes of one GPU."""
-
-    state: int = 0
-    teacher: int = 0
-    losses: list[Loss] = field(default_factory=list)
-    stored_losses: list[Loss] | None = None
-    """Of a micro-batch of stored rows that comes in place of one of new rows."""
-    stored_teacher: int = 0
-    """Signals of a teacher that such a micro-batch brings."""
-    seam: list[tuple[_Shape, int]] = field(default_factory=list)
-    """Backwards at the seam: the micro-batch, and what is kept beside it."""
-    seam_scratch: int = 0
-    step_scratch: int = 0
-    end_scratch: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
-def _method_memory(
-    methods: Sequence[ContinualMethod[Any]],
-    simulation: _Simulation,
-    counts: _Counts,
-    shape: _Shape,
-    plan: Plan,
-    tasks: int,
-    device: str,
-) -> _MethodMemory:
-    found = _MethodMemory()
-    shards = plan.world_size if plan.shards_optimizer else 1
-    copy_of_all = -(-counts.trained * FLOAT // shards)
-    """One float32 copy of what learns, as far as this process holds it."""
-    weights = counts.trained_bytes // (plan.world_size if plan.shards_weights else 1)
-    later = tasks > 1
-    for method in methods:
-        c: Any = method.config
-        if isinstance(method, MIGU):
-            view: Any = SimpleNamespace(model=simulation.model, lora=LoraView(simulation.model))
-            targets = find_targets(view, c)
-            rows = sum(target.rows for target in targets)
-            found.state += 4 * FLOAT * rows  # magnitude, mask, updates, and the mask in the dtype of the gradients
-            if c.mask == "update":  # the weights and their moments, as they were before the step
-                masked = sum(simulation.trained[target.weight].numel() for target in targets)
-                found.step_scratch += -(-3 * FLOAT * masked // shards)
-        elif isinstance(method, SkillFusion):
-            units = sum(p.numel() for p in simulation.trained.values() if p.dim() >= c.min_ndim)
-            found.state += -(-(3 if c.average == "run" else 2) * FLOAT * units // shards)
-            found.step_scratch = max(found.step_scratch, _tracker_scratch(-(-units // shards), device))
-            # The scores of a unit are products in float64.
-            found.end_scratch = max(found.end_scratch, 3 * 8 * max(p.numel() for p in simulation.trained.values()))
-            if isinstance(method, KIF) and c.orthogonality and c.orthogonality_form != "off":
-                found.losses.append(_kif_loss(method))
-        elif isinstance(method, EWC):
-            if not c.ewc_lambda:
-                continue
-            trace = c.fisher == "trace"
-            found.state += ((2 if later else 0) + trace) * copy_of_all
-            if later:
-                found.losses.append(_ewc_loss(simulation))
-            if trace:
-                found.seam_scratch = max(found.seam_scratch, 2 * copy_of_all)
-            else:  # the sum over rows, the gradients of one and the same as a vector; with activations of one row
-                row = dataclasses.replace(shape, rows=1)
-                pass_ = simulation.peak(row, gradients="returned")
-                end = counts.trained * FLOAT + max(pass_, counts.trained_bytes + counts.trained * FLOAT)
-                found.end_scratch = max(found.end_scratch, end)
-        elif isinstance(method, LwF):
-            if c.weight and later:
-                found.teacher += weights
-                found.losses.append(_lwf_loss(shape, c.temperature))
-        elif isinstance(method, (AGEM, GEM)):
-            _gradient_memory(found, method, shape, plan, counts, tasks)
-        elif isinstance(method, WeightEMA):
-            found.state += copy_of_all if later else 0
-        elif isinstance(method, FisherMerge):
-            found.state += copy_of_all + (
-                copy_of_all if device == "cpu" and later else 0
-            )  # the sum over tasks: on the CPU
-            found.seam_scratch = max(found.seam_scratch, copy_of_all)
-        elif isinstance(method, ReplayDistillation):
-            if later:
-                _stored_memory(found, method, simulation, shape, counts, weights)
-        elif isinstance(method, OLoRA):
-            if later:
-                found.losses.append(_olora_loss(simulation, method))
-        elif type(method).__module__.rpartition(".")[0] != __package__ + ".methods":
-            found.notes.append(f"what method '{method.name}' keeps is unknown here and not counted")
-    return found
-
-
-def _tracker_scratch(units: int, device: str) -> int:
-    """The products w g: of all weights where they are few, else of a piece with both factors."""
-    from .importance import CHUNK, KEPT, LARGE_CHUNK
-
-    piece = min(units, CHUNK.get(device, LARGE_CHUNK))
-    return FLOAT * ((units if units <= KEPT else piece) + 2 * piece)
-
-
-def _kif_loss(method: KIF) -> Loss:
-    def loss(simulation: Any, trained: dict[str, Tensor], batch: Any, outputs: Any) -> Tensor:
-        groups: dict[tuple[bool, tuple[int, ...]], list[Tensor]] = {}
-        for name, p in trained.items():
-            is_b = "lora_B" in name or "lora_embedding_B" in name
-            if is_b or "lora_A" in name or "lora_embedding_A" in name:
-                groups.setdefault((is_b, tuple(p.shape)), []).append(p)
-        terms = []
-        for (is_b, _), tensors in groups.items():
-            stacked = torch.stack([t.flatten(1) for t in tensors])
-            terms.append(unit_orthogonality(stacked.mT if is_b else stacked, method.config.orthogonality_form).float())
-        return torch.cat(terms).mean()
-
-    return loss
-
-
-def _ewc_loss(simulation: _Simulation) -> Loss:
-    precision, centre = ([simulation.hold(*p.shape) for p in simulation.trained.values()] for _ in range(2))
-    return lambda _, trained, batch, outputs: quadratic(list(trained.values()), precision, centre)
-
-
-def _olora_loss(simulation: _Simulation, method: OLoRA) -> Loss:
-    newest = [(n, p) for n, p in simulation.model.named_parameters() if ".lora_A." in n]
-    old = [p for _, p in newest if not p.requires_grad]
-    new = [p for _, p in newest if p.requires_grad]
-
-    def loss(simulation: Any, trained: dict[str, Tensor], batch: Any, outputs: Any) -> Tensor:
-        terms, per_layer = [], len(old) // max(1, len(new))
-        for number, fresh in enumerate(new):
-            before = old[number * per_layer : (number + 1) * per_layer]
-            terms.append(old_and_new(torch.cat([t.to(fresh) for t in before])[None], fresh[None]))
-        return torch.stack(terms).sum()
-
-    return loss
-
-
-def _lwf_loss(shape: _Shape, temperature: float) -> Loss:
-    def loss(simulation: Any, trained: dict[str, Tensor], batch: Any, outputs: Any) -> Tensor:
-        index = torch.zeros(shape.rows, shape.completion, 1, dtype=torch.long)
-        inputs = dict(batch) if simulation.seq2seq else {k: v for k, v in batch.items() if k != "labels"}
-        with simulation.evaluating():
-            old = simulation.forward(inputs).logits
-            old = old.gather(1, index.expand(-1, -1, old.shape[-1]))
-        new = outputs.logits.gather(1, index.expand(-1, -1, old.shape[-1]))
-        return distillation(new, old, temperature).sum()
-
-    return loss
-
-
-def _gradient_memory(found: _MethodMemory, method: Any, shape: _Shape, plan: Plan, counts: _Counts, tasks: int) -> None:
-    """GEM and A-GEM: gradients of stored rows, as flat float32 vectors."""
-    if tasks < 2 or method.config.count == 0 or method.config.total == 0:
-        return
-    c, vector = method.config, counts.trained * FLOAT
-    rows = c.memory_micro_batch
-    if c.memory_batch_size is not None:
-        rows = min(rows, max(1, -(-c.memory_batch_size // plan.world_size)))
-    for most in (c.count, c.total):
-        rows = rows if most is None else min(rows, most)
-    vectors = 1 if isinstance(method, AGEM) else tasks - 1
-    # While rows are passed: the sum, and for GEM those of the tasks before. At the end of a pass the gradients once
-    # more as a vector; then the projection, with the step's own gradient and the correction as vectors.
-    found.seam.append((dataclasses.replace(shape, rows=rows), vectors * vector))
-    flattened = vectors * vector + counts.trained_bytes + vector
-    projection = vector * (3 if isinstance(method, AGEM) else 2 * vectors + 2)
-    found.seam_scratch = max(found.seam_scratch, flattened, projection)
-
-
-def _stored_memory(
-    found: _MethodMemory,
-    method: Any,
-    simulation: _Simulation,
-    shape: _Shape,
-    counts: _Counts,
-    weights: int,
-) -> None:
-    """DER++ and SEEKR: a micro-batch of stored rows, with what a teacher says of them."""
-    c: Any = method.config
-    rows = shape.rows if c.loss_mix == "alternate" else c.replay_batch_size or shape.rows
-    stored = dataclasses.replace(shape, rows=rows)
-    is_seekr = isinstance(method, SEEKR)
-    needs_change = isinstance(method, SEEKR) and method._needs_change and LoraView(simulation.model).is_peft
-    if c.teacher == "previous" or needs_change:
-        found.teacher += weights
-    if c.teacher == "tasks":
-        found.teacher += weights
-    maps = residual = 0
-    if is_seekr and c.attention_weight:
-        maps, residual = _attention_signals(method, simulation, stored)
-    vocabulary = simulation.model.get_output_embeddings().weight.shape[0]
-    known = c.top_k or vocabulary
-    wants_logits = c.logit_weight if is_seekr else c.alpha
-    signals = maps + (stored.labels * known * (FLOAT + (8 if c.top_k else 0)) if wants_logits else 0)
-
-    values, lse = simulation.hold(stored.labels, known if wants_logits else 0), simulation.hold(stored.labels)
-
-    def distil(simulation: Any, trained: dict[str, Tensor], batch: Any, outputs: Any) -> Tensor:
-        if c.teacher != "cached":
-            inputs = dict(batch) if simulation.seq2seq else {k: v for k, v in batch.items() if k != "labels"}
-            with simulation.evaluating():
-                simulation.forward(inputs)
-        kept = torch.empty(residual, dtype=torch.uint8)
-        total = torch.zeros(())
-        if wants_logits:
-            flat = outputs.logits.flatten(0, 1)
-            student = flat[torch.zeros(stored.labels, dtype=torch.long)]
-            indices = torch.zeros(stored.labels, known, dtype=torch.long) if c.top_k else None
-            if isinstance(method, DERPP) and method.config.loss != "kl":
-                total = total + logit_mse(student, values, indices)
-            else:
-                total = total + logit_kl(student, values, lse, indices)
-        return total.sum() + _Keep.apply(outputs.loss, kept)
-
-    if c.loss_mix == "alternate":
-        found.stored_losses = [distil]
-    else:
-
-        def summed(simulation: Any, trained: dict[str, Tensor], batch: Any, outputs: Any) -> Tensor:
-            again = stored.batch(simulation.seq2seq)
-            replayed = simulation.forward(again)
-            return replayed.loss + distil(simulation, trained, again, replayed)
-
-        found.losses.append(summed)
-    found.stored_teacher = max(found.stored_teacher, signals)
-
-
-class _Keep(torch.autograd.Function):
-    """Holds a tensor until backward, as a saved activation."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
-        return value * 0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
-
-
-def _attention_signals(method: Any, simulation: _Simulation, stored: _Shape) -> tuple[int, int]:
-    """Bytes of the teacher's maps in a batch, and of what the student keeps of its own for backward."""
-    c, config = method.config, simulation.model.config
-    heads_each = int(config.num_attention_heads)
-    modules = int(config.num_hidden_layers) * (3 if simulation.seq2seq else 1)
-    layers = c.layers or min(LAYERS, modules)
-    heads = c.heads or min(HEADS, layers * heads_each)
-    keys = max(stored.prompt, stored.completion) if simulation.seq2seq else stored.prompt + stored.completion
-    rows = min(keys, c.query_rows or keys)
-    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads_each
-    entries = stored.rows * heads * rows * (keys if c.attention == "weights" else width)
-    size = next(simulation.model.parameters()).element_size()
-    if simulation.plan.autocast is not None:
-        size = 2
-    # Padded to the most heads of a layer, so an uneven choice takes more; the loss works on float32 blocks.
-    return entries * FLOAT, 0 if c.recompute else entries * size
-
-
 # -- the optimizer -----------------------------------------------------------------------------------------------------
 
 
@@ -745,7 +250,7 @@ def _optimizer_bytes(name: str, parameters: Sequence[Tensor], master: bool, trai
     )
 
 
-def _step_scratch(name: str, counts: _Counts, master: bool, shards: int, device: str) -> int:
+def _step_scratch(name: str, counts: Counts, master: bool, shards: int, device: str) -> int:
     """What the optimizer's step needs for a moment."""
     size = counts.trained * FLOAT if master else counts.trained_bytes
     largest = counts.largest * (FLOAT * counts.trained // max(1, counts.trained_bytes) if master else 1)
@@ -803,7 +308,7 @@ def _empty_model(
     return model, four_bit
 
 
-def _weights(model: Any, counts: _Counts, plan: Plan, four_bit: set[str]) -> int:
+def _weights(model: Any, counts: Counts, plan: Plan, four_bit: set[str]) -> int:
     """Bytes of the weights on one GPU, and of those that are gathered for the layer at work."""
     size = plan.half.itemsize if plan.half is not None else None
     whole = saved = largest = 0
@@ -836,7 +341,7 @@ def _layers(model: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
     return layers, [p for p in model.parameters() if id(p) not in inside]
 
 
-def _gradients(counts: _Counts, plan: Plan, model: Any) -> tuple[int, int]:
+def _gradients(counts: Counts, plan: Plan, model: Any) -> tuple[int, int]:
     """Bytes of the gradients that stay until the step, and of what they are reduced in."""
     whole = counts.trained_bytes
     if plan.zero:
@@ -894,17 +399,17 @@ def estimate(
     )
     data = data or DataConfig()
     empty, four_bit = _empty_model(model, peft, listed, tasks, masked)
-    whole = _Counts.of(empty)
+    whole = Counts.of(empty)
     if whole.trained == 0:
         raise InputError("the model has no parameter that learns; leave some unfrozen, or give peft options")
     persistent = _weights(empty, whole, plan, four_bit)
     checkpointing: Mapping[str, Any] | None = None
     if args.activation_checkpointing:
         checkpointing = dict(args.activation_checkpointing_kwargs or {})
-    simulation = _Simulation(empty, plan, checkpointing)
-    counts = _Counts.of(simulation.model)
-    shape = _Shape(args.per_device_train_batch_size, data.max_prompt_length, data.max_completion_length)
-    memory = _method_memory(list(listed), simulation, counts, shape, plan, tasks, device)
+    simulation = Simulation(empty, plan, checkpointing)
+    counts = Counts.of(simulation.model)
+    shape = Shape(args.per_device_train_batch_size, data.max_prompt_length, data.max_completion_length)
+    memory = method_memory(list(listed), simulation, counts, shape, plan, tasks, device)
 
     master = plan.zero is not None
     parameters = list(simulation.trained.values())
@@ -967,7 +472,7 @@ def estimate(
     )
 
 
-def _notes(plan: Plan, counts: _Counts, optimizer: int, bucket: int, whole: _Counts) -> list[str]:
+def _notes(plan: Plan, counts: Counts, optimizer: int, bucket: int, whole: Counts) -> list[str]:
     """What the numbers alone would not say."""
     notes = []
     if plan.offload_optimizer or plan.offload_param:
