@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .collators import DistillationCollator, LogitTarget, TeacherBatch
-from .distributed import ALL_BACKENDS, processes
+from .distributed import ALL_BACKENDS, Distributed, full_shape, other_weights, own_copies, processes
 from .errors import InputError
 from .interleaving import InterleavedDataset
 from .lora import trainable_parameters, trainable_state
@@ -99,15 +99,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def trainable_copy(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy of everything that learns, where the model lies: the weights of a teacher."""
-    return {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+def trainable_copy(model: nn.Module, distributed: Distributed) -> dict[str, Tensor]:
+    """A detached copy of everything that learns, or of this rank's part of it: the weights of a teacher."""
+    return own_copies(trainable_parameters(model), distributed)
 
 
-def teacher_forward(ctx: MethodContext, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
-    """The outputs of the model with `weights` in the place of its own: no second model, nothing is moved or copied."""
+def teacher_forward(ctx: MethodContext, weights: dict[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+    """The outputs of the model with `weights` in the place of its own: no second model, nothing is moved or copied.
+
+    Where weights are split between the ranks every rank must call it. Each puts its part of the model's aside, a copy,
+    and keeps in `weights` no more than its part.
+    """
     with evaluating(ctx.model), torch.no_grad(), ctx.autocast():
-        return functional_call(ctx.model, dict(weights), (), dict(inputs))
+        if ctx.dist.whole_weights:
+            return functional_call(ctx.model, dict(weights), (), dict(inputs))
+        with other_weights(ctx.model, weights, ctx.dist):
+            return ctx.model(**inputs)
 
 
 def without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,11 +363,6 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
                 f"method '{self.name}': teacher='tasks' keeps the adapter of every task and this model has none; use "
                 "teacher='cached', or LoRA"
             )
-        if self._teacher_kind in ONLINE and not ctx.dist.whole_weights:
-            raise InputError(
-                f"method '{self.name}': teacher='{self.config.teacher}' is a forward with other weights in the place "
-                f"of the model's, which '{ctx.dist.backend}' does not allow; use teacher='cached', or ZeRO to stage 2"
-            )
         if ctx.task.index == 0:
             self.drawn_ = 0
 
@@ -393,7 +395,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def _weights_before(self, ctx: MethodContext) -> dict[str, Tensor]:
         """The weights before the task, where something needs them later."""
-        return trainable_copy(ctx.model) if self._teacher_kind == "previous" and len(self.buffer_) else {}
+        return trainable_copy(ctx.model, ctx.dist) if self._teacher_kind == "previous" and len(self.buffer_) else {}
 
     def _replayed(self, ctx: MethodContext) -> datasets.Dataset:
         seed = self.config.seed + ctx.task.index
@@ -471,7 +473,10 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
             return self._before
         parameters, prefix = dict(ctx.model.named_parameters()), f"{task:03d}/"
         later = [name for name in ctx.lora.adapters if name not in self.adapters_[f"{task:03d}"]]
-        weights = {name: torch.zeros_like(parameters[name]) for name in ctx.lora.output_factors(later)}
+        weights = {}
+        for name in ctx.lora.output_factors(later):
+            p = parameters[name]
+            weights[name] = torch.zeros(full_shape(p), dtype=p.dtype, device=p.device)
         for key, value in self.teachers_.items():
             if key.startswith(prefix):
                 name = key.removeprefix(prefix)

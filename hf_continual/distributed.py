@@ -51,14 +51,6 @@ WHOLE_GRADIENTS = frozenset({"single", "ddp", "zero0"})
 T = TypeVar("T")
 
 
-def split_weights(what: str) -> dict[str, str]:
-    """Why a method cannot do without whole weights, for `ContinualMethod.unsupported`."""
-    return {
-        backend: f"{what}, which weights that are split between the ranks do not allow"
-        for backend in ("fsdp2", "zero3")
-    }
-
-
 def detect_backend(accelerator: Accelerator | None) -> str:
     """One of `BACKENDS`, or `fsdp1`."""
     if accelerator is None or accelerator.distributed_type == DistributedType.NO:
@@ -292,7 +284,7 @@ def _gather(parameters: list[Any], modifier_rank: int | None = None) -> Any:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Every weight whole on every rank inside of the block (ZeRO-3, FSDP2): for generation, at the cost of a copy."""
     parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    shards: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    shards = _fsdp_modules(model)
     with _gather(parameters) if parameters else nullcontext():
         for module in shards:
             module.unshard()
@@ -514,6 +506,127 @@ class Layout:
         return self.distributed.sum_(values.clone())
 
 
+# -- beside the training -----------------------------------------------------------------------------------------------
+
+
+def _own(parameter: Any, distributed: Distributed) -> tuple[Shard, Tensor]:
+    """What this rank holds of a weight, trained or not: its place, and the tensor that forwards are gathered from."""
+    if isinstance(parameter, DTensor):
+        return _DTensorShard(parameter), parameter.to_local().detach()
+    if hasattr(parameter, "ds_id"):
+        shard = _PartitionShard(parameter, None, distributed.rank)
+        return shard, parameter.ds_tensor.detach().view(-1)[: shard.numel]
+    return Shard(parameter), parameter.detach()
+
+
+@torch.no_grad()
+def own_parts(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], distributed: Distributed
+) -> dict[str, Tensor]:
+    """This rank's parts of whole `weights`, where the parameters lie; parts stay what they are."""
+    parts = {}
+    for name, weight in weights.items():
+        shard, held = _own(parameters[name], distributed)
+        if weight.shape == shard.shape:
+            weight = shard.cut(weight.to(held.device)).reshape(held.shape)
+        parts[name] = weight.to(held.device)
+    return parts
+
+
+@torch.no_grad()
+def own_copies(parameters: Mapping[str, nn.Parameter], distributed: Distributed) -> dict[str, Tensor]:
+    """Copies of what this rank holds of weights: all of them, where they are not split."""
+    return {name: _own(p, distributed)[1].clone() for name, p in parameters.items()}
+
+
+@contextmanager
+def other_weights(model: nn.Module, weights: dict[str, Tensor], distributed: Distributed) -> Iterator[None]:
+    """`weights` in the place of the model's, where these are split; for forwards without gradients.
+
+    What was collected of other weights is given up before and after. Of `weights` this rank keeps no more than its
+    part. Every rank must enter it.
+    """
+    _give_up_gathered(model, distributed)
+    parameters = dict(model.named_parameters())
+    weights.update(own_parts(parameters, weights, distributed))
+    held = [_own(parameters[name], distributed)[1] for name in weights]
+    before = [tensor.clone() for tensor in held]
+    _copy(held, list(weights.values()))
+    try:
+        yield
+    finally:
+        _give_up_gathered(model, distributed)
+        _copy(held, before)
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def _give_up_gathered(model: nn.Module, distributed: Distributed) -> None:
+    """Nothing stays of the weights that were last collected for a forward, so that the next one collects them anew."""
+    if distributed.engine is not None:
+        distributed.engine.optimizer.empty_partition_cache()
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+
+
+class SideGradients:
+    """Gradients of losses beside those of the training: nothing is written to `.grad`, and nothing is reduced.
+
+    On every backend they are whole and those of this rank's rows. Where weights are split every rank must run as many
+    forwards and ask for as many gradients: see `rounds`.
+    """
+
+    def __init__(self, model: nn.Module, distributed: Distributed) -> None:
+        self._model, self._distributed = model, distributed
+        self._gathered: dict[int, Tensor] = {}
+
+    def rounds(self, rows: Sequence[T], size: int = 1) -> Iterator[tuple[Sequence[T], bool]]:
+        """This rank's share of `rows` in lists of at most `size`, and whether they count.
+
+        Where weights are split, a rank that has no rows left goes through one that does not count.
+        """
+        rank, world = self._distributed.rank, self._distributed.world_size
+        own = rows[rank::world]
+        most = len(own) if self._distributed.whole_weights else len(rows[::world])
+        for start in range(0, most, size):
+            part = own[start : start + size]
+            yield (part, True) if len(part) else (rows[:1], False)
+
+    def flat(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The gradient of `loss` as one float32 vector over the whole parameters; zeros where they are not in it."""
+        tensors = [self._in_forward(p) for p in parameters]
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        if self._distributed.backend == "zero3":  # whose `engine.backward` lets go of what some hooks have missed
+            _give_up_gathered(self._model, self._distributed)
+        pieces = [
+            torch.zeros(full_shape(p).numel(), device=loss.device) if g is None else g.detach().reshape(-1).float()
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def _in_forward(self, parameter: Any) -> Any:
+        """The tensor that stands for a parameter in a forward: FSDP2 has another, the same one at each step."""
+        if not isinstance(parameter, DTensor):
+            return parameter
+        if id(parameter) not in self._gathered:
+            of_name = {name: p for name, p in self._model.named_parameters()}
+            for module in _fsdp_modules(self._model):  # one after the other: all of the weights may not fit
+                module.unshard()
+                for name, whole in self._model.named_parameters():
+                    if isinstance(of_name[name], DTensor) and not isinstance(whole, DTensor):
+                        self._gathered[id(of_name[name])] = whole
+                module.reshard()
+        return self._gathered[id(parameter)]
+
+
 # -- the seam ----------------------------------------------------------------------------------------------------------
 
 
@@ -584,23 +697,29 @@ class GradView:
         return Layout([self._shards[name] for name in names], self.distributed)
 
     def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, on the CPU of every rank, from this rank's parts, which are laid out like `lists`."""
-        if not self.distributed.sharded or not local:
+        """Whole tensors, on the CPU of every rank, from this rank's parts, which are laid out like `lists`.
+
+        Those of parameters that do not learn are no parts, here and in `local`, and stay what they are.
+        """
+        names = [name for name in local if name in self._shards]
+        if not self.distributed.sharded or not names:
             return dict(local)
-        layout = self.layout(local)
-        whole = layout.gather(torch.cat([t.reshape(-1) for t in local.values()]))
-        shapes = [self._shards[name].shape for name in local]
+        whole = self.layout(names).gather(torch.cat([local[name].reshape(-1) for name in names]))
+        shapes = [self._shards[name].shape for name in names]
         pieces = whole.split([shape.numel() for shape in shapes])
-        return {name: piece.view(shape) for name, piece, shape in zip(local, pieces, shapes, strict=True)}
+        found = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+        return {name: found.get(name, tensor) for name, tensor in local.items()}
 
     def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of tensors, on the parameters' devices; parts stay what they are."""
         parts = {}
         for name, tensor in tensors.items():
-            shard = self._shards[name]
-            if self.distributed.sharded and tensor.shape == shard.shape:
-                tensor = shard.cut(tensor)
-            parts[name] = tensor.to(shard.weight().device)
+            shard = self._shards.get(name)
+            if shard is not None:
+                if self.distributed.sharded and tensor.shape == shard.shape:
+                    tensor = shard.cut(tensor)
+                tensor = tensor.to(shard.weight().device)
+            parts[name] = tensor
         return parts
 
     @torch.no_grad()
@@ -636,6 +755,8 @@ class GradView:
             grad = shard.grad()
             if grad is not None and shard.numel:
                 shard.set_grad(grad + (tensor * scale).to(grad.dtype))
+            elif isinstance(shard, _DTensorShard):  # of a parameter that is in no other loss of this step
+                shard.set_grad(tensor * scale)
 
     def add_loss(
         self, names: Sequence[str], losses: Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -169,6 +169,7 @@ class ImportanceTracker:
         self.updates: Tensor | None = None
         self.layout: Layout | None = None
         """Where each rank sees its part of the weights: how the parts lie."""
+        self._in_parts = False
         self._chunks: list[_Chunk] = []
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -183,7 +184,9 @@ class ImportanceTracker:
         return {name: self._whole(tensor) for name, tensor in buffers.items() if tensor is not None}
 
     def _whole(self, buffer: Tensor) -> Tensor:
-        return buffer if self.layout is None or buffer.dim() == 0 else self.layout.gather(buffer)
+        if self.layout is None or not self._in_parts or buffer.dim() == 0:
+            return buffer
+        return self.layout.gather(buffer)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state`; an empty one starts anew.
@@ -200,6 +203,7 @@ class ImportanceTracker:
                 )
         self.sensitivity, self.uncertainty = state.get("sensitivity"), state.get("uncertainty")
         self.total, self.updates = state.get("total"), state.get("updates")
+        self._in_parts = False
         self._chunks = []
 
     def _size(self) -> int | None:
@@ -296,6 +300,7 @@ class ImportanceTracker:
             setattr(self, name, buffer)
         self.updates = torch.zeros((), device=home) if self.updates is None else self.updates.to(home)
         self._chunks = _chunks(weights, [getattr(self, name) for name in wanted])
+        self._in_parts = self.layout is not None
 
     # -- the result --------------------------------------------------------------------------------------------------
 

@@ -92,8 +92,12 @@ def method_memory(
             if not c.ewc_lambda:
                 continue
             trace = c.fisher == "trace"
-            found.state += ((2 if later else 0) + trace) * copy_of_all
-            if later:
+            # The penalty is in the loss, over whole weights, or at the seam, over parts.
+            held = copy_of_all if plan.shards_weights else counts.trained * FLOAT
+            found.state += (2 * held if later else 0) + trace * copy_of_all
+            if later and plan.shards_weights:
+                found.seam_scratch = max(found.seam_scratch, 3 * copy_of_all)
+            elif later:
                 found.losses.append(_ewc_loss(simulation))
             if trace:
                 found.seam_scratch = max(found.seam_scratch, 2 * copy_of_all)
@@ -104,7 +108,7 @@ def method_memory(
                 found.end_scratch = max(found.end_scratch, end)
         elif isinstance(method, LwF):
             if c.weight and later:
-                found.teacher += weights
+                found.teacher += weights * (2 if plan.shards_weights else 1)  # the model's own, put aside meanwhile
                 found.losses.append(_lwf_loss(shape, c.temperature))
         elif isinstance(method, (AGEM, GEM)):
             _gradient_memory(found, method, shape, plan, counts, tasks)

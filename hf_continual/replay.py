@@ -17,7 +17,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .distributed import is_partitioned
+from .distributed import full_shape, is_partitioned
 from .errors import InputError
 from .run_state import write_json
 
@@ -274,7 +274,7 @@ def model_key(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         parts = [part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPERS]
         if not any(part == "modules_to_save" or part.startswith((adapter, "trainable_tokens_")) for part in parts):
-            shapes.add((".".join(parts), tuple(parameter.shape)))
+            shapes.add((".".join(parts), tuple(full_shape(parameter))))
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return _digest([kind, sorted(shapes)])
 

@@ -246,11 +246,6 @@ class SkillFusion(ContinualMethod[ConfigT], Generic[ConfigT]):
 
     def train_dataset(self, ctx: MethodContext, dataset: Any) -> Any:
         if self._replays:
-            if ctx.dist.backend == "fsdp2":
-                raise InputError(
-                    f"method '{self.name}': the replay phase after a merge trains once more, and FSDP2 cannot wrap a "
-                    "model twice; leave replay_ratio and replay_count out, or use another backend"
-                )
             own = dataset if ctx.rows is None else ctx.rows  # not what another method has mixed in
             check_rows(own, self.name, ctx.task.name)
             check_columns(own, self.buffer_, self.name, ctx.task.name)

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from hf_continual import ContinualTrainer, ContinualTrainingArguments
 from hf_continual.distillation import logit_kl, logit_mse, query_rows, row_layout, teacher_forward, trainable_copy
+from hf_continual.distributed import Distributed
 from hf_continual.errors import InputError
 from hf_continual.methods.base import make_method
 from hf_continual.signals import LogitSignal
@@ -155,7 +156,7 @@ def test_teacher_by_exchanged_weights_equals_a_merged_copy(tmp_path):
 
     model = tiny_model(lora=True, dropout=0.3)
     train_task(model, toy_rows(seed=0), ["naive"], tmp_path / "0")
-    before, merged = trainable_copy(model), None
+    before, merged = trainable_copy(model, Distributed()), None
     import copy
 
     merged = copy.deepcopy(model).merge_and_unload().eval()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import refuse_reentrant_arguments
-from ..distributed import WHOLE_WEIGHTS, GradView, flatten, split_weights
+from ..distributed import ALL_BACKENDS, GradView, SideGradients, full_shape
 from ..errors import InputError
 from ..replay import (
     SOURCE_HELP,
@@ -91,27 +91,30 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def memory_gradient(
-    ctx: MethodContext, parameters: Sequence[nn.Parameter], rows: Sequence[Mapping[str, Any]], micro_batch: int
+    ctx: MethodContext,
+    side: SideGradients,
+    parameters: Sequence[nn.Parameter],
+    rows: Sequence[Mapping[str, Any]],
+    micro_batch: int,
 ) -> Tensor:
     """This rank's part of the gradient of the mean loss on `rows`; the sum over ranks is that gradient.
 
     Each forward counts by its number of rows. The fp16 loss scale stays in it, as in the gradients at the seam.
 
     Returns:
-        A float32 vector laid out like `GradView.flat`. Nothing is written to `.grad`.
+        A float32 vector over the whole `parameters`. Nothing is written to `.grad`.
     """
-    own = rows[ctx.dist.rank :: ctx.dist.world_size]
-    total = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    total = torch.zeros(sum(full_shape(p).numel() for p in parameters), device=parameters[0].device)
     scale = ctx.dist.grad_scale() / len(rows)
-    for start in range(0, len(own), micro_batch):
-        part = own[start : start + micro_batch]
+    for part, counts in side.rounds(rows, micro_batch):
         batch = ctx.make_batch(part)
         with torch.enable_grad(), ctx.autocast():
             loss = ctx.model(**batch).loss
         if loss is None:
             raise InputError("the model gives no loss for a stored row; give every row `labels`")
-        gradients = torch.autograd.grad(loss * (len(part) * scale), list(parameters), allow_unused=True)
-        total += flatten(gradients, parameters)
+        gradient = side.flat(loss * (len(part) * scale), parameters)
+        if counts:
+            total += gradient
     return total
 
 
@@ -129,12 +132,12 @@ def check_checkpointing(model: nn.Module, method: str) -> None:
 class AGEM(ContinualMethod[AGEMConfig]):
     """Averaged gradient episodic memory. Logs `agem/violated`, the share of steps that were corrected.
 
-    Each step costs a forward and a backward on `memory_batch_size` stored rows. State: the stored rows.
+    Each step costs a forward and a backward on `memory_batch_size` stored rows, and every process holds their gradient
+    whole, in float32, where weights are split too. State: the stored rows.
     """
 
     config_class = AGEMConfig
-    supports = WHOLE_WEIGHTS
-    unsupported = split_weights("the gradient of stored rows is taken beside that of the batch")
+    supports = ALL_BACKENDS
     paper = "arxiv:1812.00420"
     neutral = {"count": 0}
 
@@ -143,11 +146,13 @@ class AGEM(ContinualMethod[AGEMConfig]):
         c = self.config
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
         self._rows: Any = None
+        self._side: Any = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
         self._rows = task_memory(self.memory_, ctx, self.config)
+        self._side = SideGradients(ctx.model, ctx.dist)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         memory = self._rows
@@ -157,7 +162,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
             check_checkpointing(ctx.model, self.name)
         drawn = draw_rows(len(memory), self.config.memory_batch_size, self.config.seed, ctx)
         rows = [memory[i] for i in drawn]
-        reference = memory_gradient(ctx, grads.with_gradient(), rows, self.config.memory_micro_batch)
+        reference = memory_gradient(ctx, self._side, grads.with_gradient(), rows, self.config.memory_micro_batch)
         # Both have the fp16 loss scale in them, and the projection of scaled vectors is the scaled projection.
         change, product = correction(grads.flat(), grads.cut_flat(ctx.dist.sum_(reference)), grads.total)
         grads.add_flat_(change)
@@ -165,7 +170,7 @@ class AGEM(ContinualMethod[AGEMConfig]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         keep_task(self.memory_, ctx)
-        self._rows = None
+        self._rows = self._side = None
 
 
 def draw_rows(available: int, size: int, seed: int, ctx: MethodContext) -> list[int]:

@@ -137,8 +137,9 @@ class ContinualMethod(Generic[ConfigT]):
     """Backends on which the method computes the same as on one process; tests prove each claim."""
     unsupported: ClassVar[Mapping[str, str]] = {}
     """Why not on the others, by backend; part of the sentence that refuses them."""
-    sharded_state: ClassVar[tuple[str, ...]] = ()
-    """State by parameter that is laid out like `GradView.lists`, so that each rank holds its part; saved whole."""
+    sharded_state: tuple[str, ...] = ()
+    """State by parameter of which each rank holds its part, laid out like `GradView.lists`, from the first gradients of
+    a task to its end; saved and read whole. A method whose backend decides sets it in `on_task_begin`."""
     owns: ClassVar[frozenset[str]] = frozenset()
     """What only one method of a list may do, such as `{"adapters"}` (adding adapters per task)."""
     needs_lora: bool = False
@@ -295,6 +296,13 @@ class ContinualMethod(Generic[ConfigT]):
         value = getattr(self, attribute)
         return value if self._grads is None or not value else self._grads.gather(value)
 
+    def _bind(self, grads: GradView | None) -> None:
+        """From now on a rank holds its part of `sharded_state`, which was whole and may be on the CPU."""
+        self._grads = grads
+        if grads is not None:
+            for attribute in self.sharded_state:
+                setattr(self, attribute, grads.local(getattr(self, attribute)))
+
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote.
 
@@ -321,6 +329,7 @@ class ContinualMethod(Generic[ConfigT]):
                 else:
                     value = spec["value"]
                 setattr(self, attribute, value)
+            self._bind(self._grads)
         except InputError as error:
             raise InputError(f"state of method '{self.name}': {error}") from error
         except FileNotFoundError as error:
@@ -527,7 +536,8 @@ class MethodList(Sequence[ContinualMethod[Any]]):
     def gradient_hooks(self, ctx: MethodContext, grads: GradView) -> None:
         """All reads, then all edits."""
         for method in self.methods:
-            method._grads = grads
+            if method._grads is not grads:
+                method._bind(grads)
             if not ctx.dist.whole_weights:
                 method.weight_gradients(ctx, grads)
         for method in self.methods:

@@ -18,7 +18,7 @@ L_row is the model's own loss of one row: for language models, the mean over its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distillation import evaluating, shifts_labels
-from ..distributed import WHOLE_WEIGHTS, GradView, flatten, split_weights, unflatten
+from ..distributed import ALL_BACKENDS, GradView, SideGradients, full, full_shape
 from ..errors import InputError
 from ..importance import check_share
 from ..lora import trainable_parameters
@@ -102,10 +102,8 @@ class EWC(ContinualMethod[EWCConfig]):
     """
 
     config_class = EWCConfig
-    supports = WHOLE_WEIGHTS
-    unsupported = split_weights("the Fisher information is made of gradients of single rows")
+    supports = ALL_BACKENDS
     paper = "arxiv:1612.00796"
-    sharded_state = ("running_",)
     neutral = {"ewc_lambda": 0.0}
 
     def __init__(self, config: EWCConfig | None = None, **options: Any) -> None:
@@ -115,12 +113,14 @@ class EWC(ContinualMethod[EWCConfig]):
         self.constant_: dict[str, float] = {}
         self.running_: dict[str, Tensor] = {}
         self.steps_: Tensor | None = None
-        self._terms: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+        self._terms: dict[str, nn.Parameter] = {}
         self._constant = 0.0
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         self.running_, self.steps_ = {}, None
         self._terms = {}
+        # Where weights are split the penalty is that of parts, elsewhere of whole weights.
+        self.sharded_state = ("running_",) if ctx.dist.whole_weights else ("running_", "precision_", "centre_")
         if not self.config.ewc_lambda:
             return
         if self.config.fisher != "trace":
@@ -128,24 +128,40 @@ class EWC(ContinualMethod[EWCConfig]):
         # By the parameter's own name: that under which PEFT stores it is the same for every adapter of a layer.
         for name, p in trainable_parameters(ctx.model).items():
             if name in self.precision_:
-                for state in (self.precision_, self.centre_):
-                    state[name] = state[name].to(p.device)
-                self._terms[name] = (p, self.precision_[name], self.centre_[name])
+                if ctx.dist.whole_weights:
+                    for state in (self.precision_, self.centre_):
+                        state[name] = state[name].to(p.device)
+                self._terms[name] = p
         self._constant = sum(self.constant_.get(name, 0.0) for name in self._terms)
 
     def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
-        if not self._terms:
+        if not self._terms or not ctx.dist.whole_weights:
             return {}
-        weights, precision, centre = zip(*self._terms.values(), strict=True)
-        penalty = quadratic(weights, precision, centre) + self._constant
+        penalty = quadratic(list(self._terms.values()), *self._held_to(self._terms)) + self._constant
         return {"ewc/penalty": self.config.ewc_lambda / 2 * penalty}
+
+    def _held_to(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """S and m."""
+        return [self.precision_[name] for name in names], [self.centre_[name] for name in names]
+
+    @torch.no_grad()
+    def weight_gradients(self, ctx: MethodContext, grads: GradView) -> None:
+        """The gradient of the penalty, lambda S (theta - m), of this rank's part."""
+        if not self._terms:
+            return
+        precision, centre = self._held_to(self._terms)
+        shift = torch._foreach_sub([w.float() for w in grads.lists(self._terms)[0]], centre)
+        pull = torch._foreach_mul(shift, precision)
+        penalty = torch.stack([(a * b).sum() for a, b in zip(shift, pull, strict=True)]).sum()
+        grads.add_(dict(zip(self._terms, torch._foreach_mul(pull, self.config.ewc_lambda), strict=True)))
+        ctx.log("ewc/penalty", self.config.ewc_lambda / 2 * (grads.total(penalty) + self._constant))
 
     def on_rehearsed(self, model: nn.Module) -> None:
         """The weights now are those that earlier tasks are good with: they are held to these, no cost accrued."""
-        for name, p in trainable_parameters(model).items():
-            if name in self.centre_:
-                self.centre_[name] = p.detach().float().clone()
-                self.constant_[name] = 0.0
+        held = {name: p for name, p in trainable_parameters(model).items() if name in self.centre_}
+        for name, weights in full(held).items():
+            self.centre_[name] = weights.float().to(self.centre_[name].device)
+            self.constant_[name] = 0.0
 
     # -- Fisher information ------------------------------------------------------------------------------------------
 
@@ -159,14 +175,14 @@ class EWC(ContinualMethod[EWCConfig]):
             self.running_ = dict(zip(named, empty, strict=True))
             self.steps_ = None
         weights, gradients = grads.lists(self.running_)
-        self.running_ = grads.local(self.running_)  # one that was read from a checkpoint is whole and on the CPU
         present = [n for n, g in zip(self.running_, gradients, strict=True) if g is not None]
         weights, gradients = grads.lists(present)
         scale = ctx.dist.grad_scale()
         squares = dict(zip(present, [g.float() / scale for g in gradients if g is not None], strict=True))
         pulled = [n for n in present if n in self._terms]
         if pulled:
-            precision, centre = (list(grads.local({n: self._terms[n][i] for n in pulled}).values()) for i in (1, 2))
+            held_to = (dict(zip(pulled, state, strict=True)) for state in self._held_to(pulled))
+            precision, centre = (list(grads.local(state).values()) for state in held_to)
             pull = torch._foreach_sub(grads.lists(pulled)[0], centre)
             torch._foreach_mul_(pull, precision)
             torch._foreach_sub_([squares[n] for n in pulled], pull, alpha=self.config.ewc_lambda)
@@ -183,8 +199,13 @@ class EWC(ContinualMethod[EWCConfig]):
             return
         named = trainable_parameters(ctx.model)
         fisher = self._of_steps(ctx) if self.config.fisher == "trace" else self._of_rows(ctx, named)
-        for name, p in named.items():
-            self._add(name, fisher[name].to(p.device), p.detach().float())
+        if ctx.dist.whole_weights:
+            weights = {name: p.detach() for name, p in named.items()}
+        else:  # whole until the next task, on the CPU
+            weights = full(named)
+            self.precision_, self.centre_ = self._whole("precision_"), self._whole("centre_")
+        for name, w in weights.items():
+            self._add(name, fisher[name].to(w.device), w.float())
         self.running_, self.steps_ = {}, None
 
     def _add(self, name: str, fisher: Tensor, weights: Tensor) -> None:
@@ -212,13 +233,17 @@ class EWC(ContinualMethod[EWCConfig]):
         if self.config.fisher_rows is not None and self.config.fisher_rows < count:
             generator = torch.Generator().manual_seed(ctx.seed + ctx.task.index)
             chosen = sorted(torch.randperm(count, generator=generator)[: self.config.fisher_rows].tolist())
-        total = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        shapes = [full_shape(p) for p in parameters]
+        sizes = [shape.numel() for shape in shapes]
+        total = torch.zeros(sum(sizes), device=parameters[0].device)
+        side = SideGradients(ctx.model, ctx.dist)
         with evaluating(ctx.model):
-            for row in chosen[ctx.dist.rank :: ctx.dist.world_size]:
-                gradients = torch.autograd.grad(self._row_loss(ctx, row), parameters, allow_unused=True)
-                flat = flatten(gradients, parameters)
-                total.addcmul_(flat, flat)
-        return dict(zip(named, unflatten(ctx.dist.sum_(total) / len(chosen), parameters), strict=True))
+            for (row,), counts in side.rounds(chosen):
+                gradient = side.flat(self._row_loss(ctx, row), parameters)
+                if counts:
+                    total.addcmul_(gradient, gradient)
+        pieces = (ctx.dist.sum_(total) / len(chosen)).split(sizes)
+        return {name: piece.view(shape) for name, piece, shape in zip(named, pieces, shapes, strict=True)}
 
     def _row_loss(self, ctx: MethodContext, row: int) -> Tensor:
         batch = ctx.make_batch([ctx.rows[row]])

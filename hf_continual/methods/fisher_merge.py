@@ -72,7 +72,6 @@ class FisherMerge(ContinualMethod[FisherMergeConfig]):
             self.steps_ = None
         weights, gradients = grads.lists(self.sum_)
         device = weights[0].device
-        self.sum_ = grads.local(self.sum_)  # one that was read from a checkpoint is whole and on the CPU
         pairs = [(s, g.float()) for s, g in zip(self.sum_.values(), gradients, strict=True) if g is not None]
         # A step with a NaN or infinite gradient, such as one that fp16 skips, does not count.
         finite = grads.all_finite([g for _, g in pairs], device)

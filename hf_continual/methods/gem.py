@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..attention import refuse_reentrant_arguments
-from ..distributed import WHOLE_WEIGHTS, GradView, split_weights
+from ..distributed import ALL_BACKENDS, GradView, SideGradients
 from ..errors import InputError
 from ..replay import SOURCE_HELP, Policy, ReplayBuffer, Source
 from .agem import (
@@ -167,13 +167,13 @@ def inner_products(gradient: Tensor, memory_gradients: Tensor) -> tuple[Tensor, 
 class GEM(ContinualMethod[GEMConfig]):
     """Gradient episodic memory. Logs `gem/violated`, the share of steps that were corrected.
 
-    Each step costs a forward and a backward on the memory of every past task, a float32 gradient a task in memory, and
-    one transfer of [tasks, tasks + 1] numbers from the accelerator, for which the step waits. State: the stored rows.
+    Each step costs a forward and a backward on the memory of every past task, a whole float32 gradient a task in the
+    memory of every process, and one transfer of [tasks, tasks + 1] numbers from the accelerator, for which the step
+    waits. State: the stored rows.
     """
 
     config_class = GEMConfig
-    supports = WHOLE_WEIGHTS
-    unsupported = split_weights("the gradient of stored rows is taken beside that of the batch")
+    supports = ALL_BACKENDS
     paper = "arxiv:1706.08840"
     neutral = {"count": 0}
 
@@ -182,11 +182,13 @@ class GEM(ContinualMethod[GEMConfig]):
         c = self.config
         self.memory_ = ReplayBuffer(ratio=c.ratio, count=c.count, total=c.total, policy=c.policy, seed=c.seed)
         self._rows: Any = None
+        self._side: Any = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         refuse_reentrant_arguments(ctx.args, self.name, "no second gradient can be taken through it")
         check_task(self.memory_, ctx, self.name)
         self._rows = task_memory(self.memory_, ctx, self.config)
+        self._side = SideGradients(ctx.model, ctx.dist)
 
     def edit_gradients(self, ctx: MethodContext, grads: GradView) -> None:
         memory, config = self._rows, self.config
@@ -203,7 +205,7 @@ class GEM(ContinualMethod[GEMConfig]):
                 drawn = draw_rows(len(stored), config.memory_batch_size, config.seed, ctx)
                 stored = [stored[i] for i in drawn]
             rows = [memory[i] for i in stored]
-            gradients.append(memory_gradient(ctx, parameters, rows, config.memory_micro_batch))
+            gradients.append(memory_gradient(ctx, self._side, parameters, rows, config.memory_micro_batch))
         memories = torch.stack([grads.cut_flat(g) for g in ctx.dist.sum_(torch.stack(gradients))])
         gram, products = inner_products(grads.flat(), memories)
         tasks = len(memories)
@@ -217,4 +219,4 @@ class GEM(ContinualMethod[GEMConfig]):
 
     def on_task_end(self, ctx: MethodContext) -> None:
         keep_task(self.memory_, ctx)
-        self._rows = None
+        self._rows = self._side = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..distillation import shifts_labels, teacher_forward, trainable_copy
-from ..distributed import WHOLE_WEIGHTS, split_weights
+from ..distributed import ALL_BACKENDS
 from ..errors import InputError
 from .base import ContinualMethod, MethodContext
 
@@ -111,8 +111,7 @@ class LwF(ContinualMethod[LwFConfig]):
     """
 
     config_class = LwFConfig
-    supports = WHOLE_WEIGHTS
-    unsupported = split_weights("the teacher is a forward with other weights in the place of the model's")
+    supports = ALL_BACKENDS
     paper = "arxiv:1606.09282"
     batch_columns = (COLUMN,)
     neutral = {"weight": 0.0}
@@ -122,12 +121,13 @@ class LwF(ContinualMethod[LwFConfig]):
         self.needs_logits = bool(self.config.weight)
         self._teacher: dict[str, Tensor] = {}
         self._inputs: set[str] = set()
+        self._old: Any = None
 
     def on_task_begin(self, ctx: MethodContext) -> None:
         self._teacher = {}
         if ctx.task.is_first or not self.config.weight:
             return
-        self._teacher = trainable_copy(ctx.model)
+        self._teacher = trainable_copy(ctx.model, ctx.dist)
         base = without_peft(ctx.model)
         self._inputs = set(inspect.signature(base.forward).parameters)
         if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
@@ -136,7 +136,8 @@ class LwF(ContinualMethod[LwFConfig]):
     def data_collator(self, ctx: MethodContext, collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         return partial(with_positions, collator, shifts_labels(ctx.model)) if self._teacher else collator
 
-    def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+    def forward_kwargs(self, ctx: MethodContext, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Asks the teacher before the student's forward: then no activations are there yet."""
         if not self._teacher:
             return {}
         if COLUMN not in batch:
@@ -146,13 +147,19 @@ class LwF(ContinualMethod[LwFConfig]):
         inputs = {name: value for name, value in batch.items() if name in self._inputs}
         if "use_cache" in self._inputs:
             inputs["use_cache"] = False
-        labels, positions = batch["labels"], batch[COLUMN]
-        with torch.no_grad():
-            old = logits_at_labels(teacher_forward(ctx, self._teacher, inputs).logits, positions, labels, self.name)
-        new = logits_at_labels(outputs.logits, positions, labels, self.name)
+        logits = teacher_forward(ctx, self._teacher, inputs).logits
+        self._old = logits_at_labels(logits, batch[COLUMN], batch["labels"], self.name)
+        return {}
+
+    def extra_loss(self, ctx: MethodContext, batch: Mapping[str, Any], outputs: Any) -> dict[str, Tensor]:
+        if not self._teacher:
+            return {}
+        positions = batch[COLUMN]
+        new = logits_at_labels(outputs.logits, positions, batch["labels"], self.name)
         weights = (positions >= 0).to(torch.float32)
-        kept = distillation(new, old, self.config.temperature) * weights
+        kept = distillation(new, self._old, self.config.temperature) * weights
+        self._old = None
         return {"lwf/distillation": self.config.weight * kept.sum() / weights.sum().clamp_min(1)}
 
     def on_task_end(self, ctx: MethodContext) -> None:
-        self._teacher = {}
+        self._teacher, self._old = {}, None

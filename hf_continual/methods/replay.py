@@ -121,11 +121,6 @@ class Replay(ContinualMethod[ReplayConfig]):
         self.buffer_.bind(None, tokenizer_key(ctx.tokenizer))  # rows say nothing of the model
         self._current = dataset
         stored = self._replayed(ctx)
-        if self.config.mixing == "after" and ctx.dist.backend == "fsdp2":
-            raise InputError(
-                "method 'replay': mixing='after' trains once more, and FSDP2 cannot wrap a model twice; use mix or "
-                "alternate, or another backend"
-            )
         if stored is None or self.config.mixing == "after":
             return dataset
         if self.config.mixing == "alternate":

@@ -279,8 +279,8 @@ class SEEKR(ReplayDistillation[SEEKRConfig]):
     def _weights_before(self, ctx: MethodContext) -> dict[str, Tensor]:
         self._device = next(ctx.model.parameters()).device
         before = super()._weights_before(ctx)
-        if not before and self._needs_change and ctx.lora.is_peft and ctx.dist.whole_weights:
-            before = trainable_copy(ctx.model)
+        if not before and self._needs_change and ctx.lora.is_peft:
+            before = trainable_copy(ctx.model, ctx.dist)
         self._maps_before: Any = None
         if not before and self._needs_change:
             self._maps_before = self._capture_before(ctx)

@@ -57,7 +57,6 @@ class WeightEMA(ContinualMethod[WeightEMAConfig]):
             return
         assert self._grads is not None
         weights, _ = self._grads.lists(self.average_)
-        self.average_ = self._grads.local(self.average_)  # one that was read from a checkpoint is whole, on the CPU
         torch._foreach_lerp_(list(self.average_.values()), [w.float() for w in weights], 1 - self.config.decay)
 
     def merge(
