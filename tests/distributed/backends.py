@@ -61,6 +61,12 @@ def learn_sometimes(rank, folder, backend, offloads, accumulation, used):
     learn_and_save(rank, folder, backend, ["migu"], False, accumulation, 2, options)
 
 
+BACK_TO_A_CHECKPOINT = {
+    "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss", "greater_is_better": True, "num_train_epochs": 3,
+}  # fmt: skip
+"""To the worst one, which is not the last."""
+
 PLAIN_STEPS = {"optim": "sgd", "max_grad_norm": 0, "ddp_find_unused_parameters": True}
 """SGD alone takes no gradient and one of zeros, as DeepSpeed has it, for the same."""
 
@@ -81,13 +87,14 @@ def make_model(kind, lora):
 
 def make_args(backend, folder, kind="llama", **options):
     defaults = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "ddp_find_unused_parameters": False}
+    defaults["save_strategy"] = "no"
     known = backend_options(backend)
     if backend == "fsdp2":
         known["fsdp_config"]["transformer_layer_cls_to_wrap"] = [BLOCKS[kind]]
     args_class = ContinualSeq2SeqTrainingArguments if kind == "t5" else ContinualTrainingArguments
     args = args_class(
         output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant",
-        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
+        logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=use_cpu(),
         dataloader_pin_memory=False, train_sampling_strategy="sequential",
         **{**defaults, **known, **options},
     )  # fmt: skip
@@ -129,12 +136,13 @@ def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32
         if model is not trained:
             assign_(dict(model.named_parameters()), state)
         args = make_args(
-            backend, folder / str(index), kind, per_device_train_batch_size=batch, num_train_epochs=epochs,
-            gradient_accumulation_steps=accumulation, **options,
+            backend, folder / str(index), kind, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, **{"num_train_epochs": epochs, **options},
         )  # fmt: skip
         trainer_class = ContinualSeq2SeqTrainer if kind == "t5" else ContinualTrainer
         rows = toy_rows("llama" if kind in ("gpt2", "sometimes") else kind, seed=index)
-        trainer = trainer_class(model=model, args=args, train_dataset=rows, methods=methods)
+        others = toy_rows("llama", seed=5) if "eval_strategy" in options else None
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, eval_dataset=others, methods=methods)
         trainer.train()
         expected = "ddp" if backend == "ddp" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else backend
         assert trainer.dist.backend == ("single" if backend == "ddp" and expected != "ddp" else backend)

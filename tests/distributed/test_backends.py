@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import support_matrix
 import torch
-from backends import PLAIN_STEPS, SometimesScaled, learn, learn_and_save, learn_in_fp16, learn_sometimes, offloading
+from backends import (
+    BACK_TO_A_CHECKPOINT,
+    PLAIN_STEPS,
+    SometimesScaled,
+    learn,
+    learn_and_save,
+    learn_in_fp16,
+    learn_sometimes,
+    offloading,
+)
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -215,6 +224,31 @@ def test_a_model_that_goes_on_to_the_next_task(backend, stream, lora, tmp_path):
     expected = learn("single", specs, lora, steps, batch, tmp_path / "one", go_on=True)
     found = load_file(str(tmp_path / "0.safetensors"))
     assert close(expected, found, tolerance(stream, backend, lora, 2))
+
+
+@pytest.mark.parametrize(
+    ("backend", "stream"),
+    [
+        ("zero2", "kif"),
+        ("fsdp2", "fisher_merge"),
+        *(
+            [
+                (backend, stream)
+                for backend in ("ddp", "fsdp2", "zero2", "zero3")
+                for stream in ("kif", "tasl", "weight_ema", "fisher_merge", "ewc", "ewc-trace", "lwf")
+            ]
+            if LEVEL == "full"
+            else []
+        ),
+    ],
+)
+def test_back_to_a_checkpoint_equals_one_process(backend, stream, tmp_path):
+    """`load_best_model_at_end` reads state that is whole in the file and in parts on the ranks, and then merges."""
+    specs = STREAMS[stream][0]
+    run_ranks(learn_and_save, 2, tmp_path, tmp_path, backend, specs, True, 1, 2, BACK_TO_A_CHECKPOINT)
+    expected = learn("single", specs, True, 2, 2, tmp_path / "one", **BACK_TO_A_CHECKPOINT)
+    found = load_file(str(tmp_path / "0.safetensors"))
+    assert close(expected, found, tolerance(stream, backend, True, 2))
 
 
 def _same_trainer_model(rank, folder):
