@@ -457,7 +457,7 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
         task_of_row = torch.full((teacher.size,), -1)
         task_of_row[teacher.rows] = torch.tensor(teacher.tasks)
         task_of_row = task_of_row.to(device)
-        for task in sorted(set(teacher.tasks)) if self._teacher_kind == "tasks" else [None]:
+        for task in self._tasks_to_ask(ctx, teacher) if self._teacher_kind == "tasks" else [None]:
             request = self.teacher_kwargs(teacher)
             outputs = teacher_forward(ctx, self._teacher_weights(ctx, task), {**inputs, **request})
             if teacher.logits is not None:
@@ -466,6 +466,14 @@ class ReplayDistillation(ContinualMethod[ConfigT], Generic[ConfigT]):
                 values = take_rows(teacher.logits.values, found, teacher.logits.batch, task_of_row, task)
                 teacher.logits.values, teacher.logits.lse = values, values.logsumexp(-1)
             self.keep_attention(teacher, task_of_row, task)
+
+    def _tasks_to_ask(self, ctx: MethodContext, teacher: TeacherBatch) -> list[int]:
+        """Whose teachers are asked, one after the other; where weights are split all ranks ask the same ones."""
+        if ctx.dist.whole_weights:
+            return sorted(set(teacher.tasks))
+        asked = torch.zeros(max(self.buffer_.tasks) + 1)
+        asked[list(teacher.tasks)] = 1.0
+        return ctx.dist.sum_(asked).nonzero().flatten().tolist()
 
     def _teacher_weights(self, ctx: MethodContext, task: int | None) -> dict[str, Tensor]:
         """The weights before this task, or those after `task`: its own, and adapters that came later left out."""

@@ -123,12 +123,24 @@ def state_of(methods):
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def learn(backend, specs, lora, accumulation, batch, folder, dtype=torch.float32, kind="llama", go_on=False, **options):
-    """Two tasks of 4 steps (6 with replay); the model is made anew for the second unless it is to `go_on`; returns
+def learn(
+    backend,
+    specs,
+    lora,
+    accumulation,
+    batch,
+    folder,
+    dtype=torch.float32,
+    kind="llama",
+    tasks=2,
+    go_on=False,
+    **options,
+):
+    """Tasks of 4 steps (6 with replay); the model is made anew for each unless it is to `go_on`; returns
     whole weights and the methods' state."""
     methods, state, adapters, trained = MethodList(specs), {}, [], None
     epochs = max(1, accumulation * batch * int(os.environ.get("WORLD_SIZE", "1")) // 4)
-    for index in range(2):
+    for index in range(tasks):
         model = trained if go_on and index else make_model(kind, lora).to(dtype)
         for name in adapters:
             if name not in LoraView(model).adapters:

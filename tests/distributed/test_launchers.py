@@ -183,8 +183,10 @@ BAD = {  # name: (training, other sections, variables of a launcher, what the se
     ),
     "FSDP1": ({"use_cpu": False}, {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "starts FSDP1"),
     "a stage that a method cannot do": (
-        {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}}, {"methods": ["lwf"]}, {},
-        "method 'lwf' does not support the 'zero3' backend, because the teacher",
+        {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}}},
+        {"methods": ["whole_weights:NeedsWholeWeights"]},
+        {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))},
+        "method 'needswholeweights' does not support the 'zero3' backend, because it reads every weight",
     ),
     "a schedule of DeepSpeed's against ours": (
         {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2},
