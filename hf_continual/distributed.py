@@ -617,7 +617,8 @@ class SideGradients:
         if not isinstance(parameter, DTensor):
             return parameter
         if id(parameter) not in self._gathered:
-            of_name = {name: p for name, p in self._model.named_parameters()}
+            _give_up_gathered(self._model, self._distributed)  # such as what a forward keeps for its backward
+            of_name = dict(self._model.named_parameters())
             for module in _fsdp_modules(self._model):  # one after the other: all of the weights may not fit
                 module.unshard()
                 for name, whole in self._model.named_parameters():
