@@ -5,7 +5,7 @@
 
 A Llama from its configuration with random weights, LoRA r 8 on all linear layers, and for `migu_full` full fine-tuning.
 `plain` is the Trainer of transformers; the methods run in a ContinualTrainer, in their second task where they need an
-earlier one. SEEKR and DER++ replay in every fourth step.
+earlier one. SEEKR and DER++ replay in every fourth step, A-GEM and GEM draw as many stored rows a step as new ones.
 
 **Time.** Every method of a backend has two processes of its own, which stay until the end and run a block of steps when
 their turn comes, in a new random order each round; so only two processes run at any moment, and a machine that gets
@@ -70,9 +70,13 @@ WORLD_SIZE = 2
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PERIOD = 4  # steps; the last of them is one of stored rows where a method has such steps
 WARMUP = 4  # DDP arranges its buckets anew, ZeRO-3 learns the order of the modules
-PAST = {"olora", "replay", "seekr", "derpp"}  # they do nothing in a first task
-OPTIONS: dict[str, dict[str, Any]] = {"migu": {"skip_first_task": False}, "seekr": {"track_drift": False}}
-METHODS = ("naive", "migu", "kif", "tasl", "olora", "replay", "seekr", "derpp", "migu_full")
+STORING = {"replay", "seekr", "derpp", "agem", "gem"}
+PAST = {"olora", "ewc", "lwf", *STORING}  # they do nothing in a first task
+OPTIONS: dict[str, dict[str, Any]] = {
+    "migu": {"skip_first_task": False}, "seekr": {"track_drift": False}, "ewc": {"fisher_rows": 8},
+    "agem": {"memory_batch_size": 4}, "gem": {"memory_batch_size": 4},
+}  # fmt: skip
+METHODS = ("naive", "migu", "kif", "tasl", "olora", "replay", "seekr", "derpp", "ewc", "lwf", "agem", "migu_full")
 PRELOAD = [
     "torch", "transformers.trainer", "peft", "accelerate", "datasets", "deepspeed", "deepspeed.runtime.zero.stage3",
     "deepspeed.module_inject.auto_ep_layer", "torch._inductor.compile_fx", "hf_continual.methods.kif",
@@ -227,7 +231,7 @@ def train(name: str, backend: str, job: dict[str, Any], folder: Path, turns: Tur
     stored = periods * unit
     if method != "plain":
         options = dict(OPTIONS.get(method, {}))
-        if method in PAST - {"olora"}:
+        if method in STORING:
             options["count"] = stored
         specs = [{"name": method, **options, **job.get("options", {})}]
     methods = MethodList(specs)

@@ -320,7 +320,7 @@ def _dtensor_place(parameter: DTensor) -> tuple[int, torch.Size]:
                 "follow FSDP2, which shards along the first"
             )
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    row = parameter[0].numel() if parameter.dim() > 1 else 1
+    row = parameter.shape[1:].numel()  # not that of `parameter[0]`, which would be collected
     return int(offset[0]) * row, torch.Size(shape)
 
 
