@@ -138,6 +138,10 @@ def test_methods_keep_what_they_say():
     assert estimate(model, methods=[{"name": "replay", "ratio": 0.1}]).total == estimate(model).total
     sharded = estimate(model, methods=["tasl"], gpus=2, training={"deepspeed": zero(2)})
     assert sharded.method_state == copy
+    # EWC's penalty is over whole weights but where these are split; LwF's model is put aside there meanwhile.
+    for stage, held in ((1, 2 * copy), (2, 2 * copy), (3, copy)):
+        split = estimate(model, methods=["ewc", "lwf"], gpus=2, training={"deepspeed": zero(stage)})
+        assert (split.method_state, split.teacher_cache) == (held, copy)
     two, five = (estimate(lora, methods=["inclora"], tasks=tasks) for tasks in (2, 5))
     assert five.weights - two.weights == 3 * adapter and five.optimizer == two.optimizer
 
