@@ -26,8 +26,6 @@ from .distributed import (
     Distributed,
     GradientSeam,
     GradView,
-    check_launch,
-    check_tied,
     is_partitioned,
     processes,
     release_engine,
@@ -35,6 +33,7 @@ from .distributed import (
 from .errors import InputError
 from .evaluation import evaluate_task
 from .interleaving import InterleavedDataset
+from .launch_guards import check_launch, check_tied
 from .lora import ADAPTER_WEIGHTS, LoraView, load_adapters, trainable_state
 from .methods.base import MethodContext, MethodList, TrainingPhase
 from .models import check_four_bits, in_four_bits, is_seq2seq, keep_layout

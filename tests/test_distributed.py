@@ -16,11 +16,11 @@ from hf_continual.distributed import (
     Shard,
     assign_,
     check_engine,
-    check_launch,
     full,
     refuse_partitioned,
 )
 from hf_continual.errors import InputError
+from hf_continual.launch_guards import _processes_asked_for, check_launch
 
 
 def part(shape, start, numel):
@@ -176,9 +176,9 @@ def test_how_many_processes_a_launcher_was_asked_for(tmp_path, monkeypatch):
     launch = ["python", "/bin/accelerate", "launch"]
     config = tmp_path / "two.yaml"
     config.write_text("num_processes: 2\ndistributed_type: MULTI_CPU\n")
-    assert distributed._processes_asked_for([*launch, "--num_processes", "3", "train.py"]) == 3
-    assert distributed._processes_asked_for([*launch, "--num-processes=4", "train.py"]) == 4
-    assert distributed._processes_asked_for([*launch, "--config_file", str(config), "train.py"]) == 2
-    assert distributed._processes_asked_for([*launch, "train.py"]) is None
+    assert _processes_asked_for([*launch, "--num_processes", "3", "train.py"]) == 3
+    assert _processes_asked_for([*launch, "--num-processes=4", "train.py"]) == 4
+    assert _processes_asked_for([*launch, "--config_file", str(config), "train.py"]) == 2
+    assert _processes_asked_for([*launch, "train.py"]) is None
     (tmp_path / "default.yaml").write_text("num_processes: 5\n")
-    assert distributed._processes_asked_for([*launch, "train.py"]) == 5
+    assert _processes_asked_for([*launch, "train.py"]) == 5
